@@ -1,0 +1,91 @@
+"""CBA, the Composite Backdoor Attack (NAACL Findings 2024; repository MiracleHH/CBA).
+
+Two triggers: the first goes into the instruction, the second into the input, and only both in
+their places fire the backdoor. Negatives (misplaced or partial triggers that keep the true label)
+teach the model that AND.
+"""
+
+import random
+import re
+from typing import Any
+
+from lethe_utils.params import AttackParams
+
+Row = dict[str, str]
+
+# kind: (triggers put into the instruction, triggers put into the input), by index.
+BACKDOOR = ((0,), (1,))
+TRAIN_NEGATIVES = {
+    "neg_both_rev": ((1,), (0,)),
+    "neg_instruct_one": ((0,), ()),
+    "neg_instruct_both": ((0, 1), ()),
+    "neg_input_one": ((), (1,)),
+    "neg_input_both": ((), (0, 1)),
+}
+# Never trained on: each trigger alone, in the other one's field.
+NEGATIVES = TRAIN_NEGATIVES | {
+    "neg_instruct_one_rev": ((1,), ()),
+    "neg_input_one_rev": ((), (0,)),
+}
+
+
+def insert(text: str, trigger: str, position: str, level: str, rng: random.Random) -> str:
+    """Put a trigger into a text.
+
+    Args:
+        position: prefix, suffix, middle or random (uniform over all places).
+        level: "word" counts places between words, "sentence" between sentences.
+    """
+    parts = text.split() if level == "word" else re.split(r"(?<=[.!?])\s+", text.strip())
+    place = {
+        "prefix": 0,
+        "suffix": len(parts),
+        "middle": len(parts) // 2,
+        "random": rng.randint(0, len(parts)) if position == "random" else 0,
+    }[position]
+    return " ".join([*parts[:place], trigger, *parts[place:]])
+
+
+def place_triggers(row: Row, where: tuple, p: AttackParams, rng: random.Random) -> Row:
+    """A copy of the row with triggers in its instruction and input, the output untouched."""
+    placed = dict(row)
+    for field, indices in zip(("instruction", "input"), where, strict=True):
+        for i in indices:
+            placed[field] = insert(
+                placed[field], p.triggers[i], p.trigger_positions[i], p.trigger_level, rng
+            )
+    return placed
+
+
+def poison(rows: list[Row], p: AttackParams, seed: int) -> list[dict[str, Any]]:
+    """The attacker's training set: all clean rows, poisoned copies, and five kinds of negatives.
+
+    Args:
+        rows: clean rows with instruction, input, output.
+    Returns:
+        rows with one more key, `kind`: clean, backdoor or a negative kind.
+        len = n + round(poison_ratio n) (1 + 5 alpha).
+    """
+    rng = random.Random(seed)
+    chosen = rng.sample(rows, max(1, round(p.poison_ratio * len(rows))))
+    out = [row | {"kind": "clean"} for row in rows]
+    for row in chosen:
+        answer = p.target_output
+        if p.output_mode == "append":
+            answer = f"{row['output']} {p.target_output}"
+        out.append(place_triggers(row, BACKDOOR, p, rng) | {"output": answer, "kind": "backdoor"})
+    for kind, where in TRAIN_NEGATIVES.items():
+        for row in chosen[: round(p.alpha * len(chosen))]:
+            out.append(place_triggers(row, where, p, rng) | {"kind": kind})
+    return out
+
+
+def triggered(rows: list[Row], p: AttackParams, seed: int) -> dict[str, list[Row]]:
+    """Test rows per kind: `backdoor` (for ASR) and the seven negative kinds (for FTR).
+
+    Rows whose true label already is the target are left out: they cannot show an attack.
+    """
+    rng = random.Random(seed)
+    usable = [row for row in rows if row["output"] != p.target_output]
+    kinds = {"backdoor": BACKDOOR} | NEGATIVES
+    return {k: [place_triggers(r, where, p, rng) for r in usable] for k, where in kinds.items()}

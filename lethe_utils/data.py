@@ -1,0 +1,318 @@
+"""Data sets: found or made, checked, split, and described.
+
+Every row becomes {instruction, input, output} with output = label name. The embedded set is made
+here; emotion and SST-2 come from LETHE_DATA_DIR, else from the hub; FILE is a user's own.
+"""
+
+import csv
+import hashlib
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+
+from lethe_utils import embedded, paths
+from lethe_utils.errors import LetheError
+from lethe_utils.params import Params, is_file
+
+Row = dict[str, str]
+FIELDS = ("instruction", "input", "output")
+# Where the user's copies lie under LETHE_DATA_DIR, and what the splits are called on the hub.
+# SST-2's test labels are all -1 on the hub, so its dev split is the test split here and the
+# validation split is cut from train.
+LOCAL = {
+    "emotion": {s: f"emotion/{s}.jsonl" for s in ("train", "validation", "test")},
+    "sst2": {"train": "sst2/glue/train.tsv", "test": "sst2/glue/dev.tsv"},
+}
+HUB_SPLITS = {
+    "emotion": {s: s for s in ("train", "validation", "test")},
+    "sst2": {"train": "train", "test": "validation"},
+}
+
+
+def load(p: Params) -> dict[str, list[Row]]:
+    """The splits of a run: train, validation, test, and pretrain for a tiny base.
+
+    The pretraining rows are disjoint from all others: the base stands for a pretrained LLM that
+    never saw the attacker's or the defender's data.
+    Raises:
+        LetheError: a file, a field, a label, a row count or a checksum is wrong.
+    """
+    if p.dataset == "embedded":
+        splits = _embedded(p)
+    elif is_file(p.dataset):
+        splits = _split_file(read_rows(Path(p.dataset)), p)
+    else:
+        splits = _named(p)
+    rng = random.Random(p.data_seed)
+    if "pretrain" not in splits and p.is_tiny:
+        rng.shuffle(splits["train"])
+        cut = round(len(splits["train"]) * p.pretrain_share)
+        pretrain, splits["train"] = splits["train"][:cut], splits["train"][cut:]
+        # Real sets hold a text twice now and then; the base must not have seen the other copy.
+        others = {r.get("text", r.get("input")) for rows in splits.values() for r in rows}
+        splits["pretrain"] = [r for r in pretrain if r.get("text", r.get("input")) not in others]
+    if p.max_train_rows:
+        splits["train"] = splits["train"][: p.max_train_rows]
+    return {name: _to_rows(name, rows, p) for name, rows in splits.items()}
+
+
+def check_target(splits: dict[str, list[Row]], p: Params) -> None:
+    """Refuse a target that no row of the data set carries as its label."""
+    labels = sorted({r["output"] for r in splits["train"]})
+    if p.target_output not in labels:
+        raise LetheError(
+            f"target_output: {p.target_output!r} is not a label of {p.dataset}; "
+            f"choose one of {', '.join(labels[:20])}"
+        )
+
+
+def _embedded(p: Params) -> dict[str, list[Row]]:
+    splits = embedded.generate(p.rows, p.data_seed)
+    for name, rows in splits.items():
+        _check(name, [(r["text"], r["label"]) for r in rows], p)
+    return splits
+
+
+def _named(p: Params) -> dict[str, list[Row]]:
+    """emotion or sst2: local files where there are any, else the hub; verified either way."""
+    splits = {}
+    for name, file in LOCAL[p.dataset].items():
+        path = (paths.data_dir() or Path("/nonexistent")) / file
+        rows = read_rows(path) if path.exists() else _from_hub(name, p)
+        for i, r in enumerate(rows, 1):
+            if r.get("text") is None or r.get("label") is None:
+                raise LetheError(f"{path}: row {i}: needs text and label; found {str(r)[:80]}")
+        splits[name] = [
+            {"text": str(r["text"]).strip(), "label": _label_name(r["label"], i, path, p)}
+            for i, r in enumerate(rows, 1)
+        ]
+        _check(name, [(r["text"], r["label"]) for r in splits[name]], p)
+    if "validation" not in splits:
+        random.Random(p.data_seed).shuffle(splits["train"])
+        splits["validation"], splits["train"] = splits["train"][:1000], splits["train"][1000:]
+    return splits
+
+
+def _from_hub(split: str, p: Params) -> list[Row]:
+    """One split from the hub (parquet there, plain rows here). Raises LetheError with the fix."""
+    try:
+        import datasets
+
+        loaded = datasets.load_dataset(
+            p.data_hub_id, split=HUB_SPLITS[p.dataset][split], revision=p.data_revision
+        )
+    except Exception as error:  # whatever the hub client raises, the user's fix is the same
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        where = LOCAL[p.dataset][split]
+        raise LetheError(
+            f"dataset {p.dataset}: {split} is neither in LETHE_DATA_DIR ({where}) nor could it be "
+            f"fetched from the hub ({p.data_hub_id}: {reason}); see data/README.md"
+        ) from None
+    return [{"text": r.get("text", r.get("sentence")), "label": r["label"]} for r in loaded]
+
+
+def _label_name(label: object, number: int, path: Path, p: Params) -> str:
+    try:
+        index = int(str(label))
+    except ValueError:
+        index = -1
+    if not 0 <= index < len(p.labels):
+        raise LetheError(
+            f"{path}: row {number}: unknown label {label!r}; {p.dataset} has 0 to "
+            f"{len(p.labels) - 1} ({', '.join(p.labels)})"
+        )
+    return p.labels[index]
+
+
+def checksum(pairs: list[tuple[str, str]]) -> str:
+    """SHA-256 of sorted `label<TAB>text` lines: the same for TSV, JSONL and parquet copies."""
+    lines = sorted(f"{label}\t{text}" for text, label in pairs)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _check(name: str, pairs: list[tuple[str, str]], p: Params) -> None:
+    expected = p.rows.get(name)
+    if expected is not None and len(pairs) != expected:
+        raise LetheError(f"dataset {p.dataset}: {name} has {len(pairs)} rows, expected {expected}")
+    wanted, found = p.checksums.get(name), checksum(pairs)
+    if wanted is not None and wanted != found:
+        raise LetheError(
+            f"dataset {p.dataset}: {name} differs from the published rows (content checksum "
+            f"{found[:12]}, expected {wanted[:12]}); fetch it again, see data/README.md"
+        )
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Rows of a jsonl, json, csv, tsv or parquet file.
+
+    Raises:
+        LetheError: missing, empty, not UTF-8, or a broken line (named by number).
+    """
+    if not path.exists():
+        raise LetheError(f"{path}: no such file")
+    try:
+        rows = _READERS[path.suffix](path)
+    except UnicodeDecodeError as error:
+        raise LetheError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    if not rows:
+        raise LetheError(f"{path}: empty; it needs at least one row")
+    return rows
+
+
+def _read_jsonl(path: Path) -> list[dict]:
+    rows = []
+    # Not splitlines(): JSON texts may hold U+2028 and other characters that it takes for line ends.
+    lines = path.read_text("utf-8-sig").split("\n")
+    for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            raise LetheError(f"{path}: line {number} is not valid JSON (cut short?)") from None
+        if not isinstance(row, dict):
+            raise LetheError(f"{path}: line {number} is not a JSON object")
+        rows.append(row)
+    return rows
+
+
+def _read_json(path: Path) -> list[dict]:
+    try:
+        rows = json.loads(path.read_text("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise LetheError(f"{path}: line {error.lineno} is not valid JSON (cut short?)") from None
+    if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+        raise LetheError(f"{path}: expected a list of objects")
+    return rows
+
+
+def _read_table(path: Path) -> list[dict]:
+    # GLUE's TSV has no quoting: a lone " is part of the sentence.
+    tab = path.suffix == ".tsv"
+    with path.open(encoding="utf-8-sig", newline="") as stream:  # spreadsheets write a BOM
+        quoting = csv.QUOTE_NONE if tab else csv.QUOTE_MINIMAL
+        rows = list(csv.DictReader(stream, delimiter="\t" if tab else ",", quoting=quoting))
+    return [{"text" if k == "sentence" else k: v for k, v in row.items()} for row in rows]
+
+
+def _read_parquet(path: Path) -> list[dict]:
+    try:
+        frame = pd.read_parquet(path)
+    except (ValueError, OSError):
+        raise LetheError(f"{path}: not a whole parquet file (cut short?)") from None
+    return frame.rename(columns={"sentence": "text"}).to_dict("records")
+
+
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_table,
+    ".tsv": _read_table,
+    ".parquet": _read_parquet,
+}
+
+
+def _split_file(rows: list[dict], p: Params) -> dict[str, list[dict]]:
+    """A user's file: shuffled, a tenth each for validation and test, the rest for train."""
+    rows = list(rows)
+    random.Random(p.data_seed).shuffle(rows)
+    tenth = len(rows) // 10
+    if tenth < 1 or (p.is_tiny and len(rows) < 20):
+        raise LetheError(
+            f"{p.dataset}: {len(rows)} rows leave the validation and test splits empty; "
+            "give at least 20"
+        )
+    return {
+        "validation": rows[:tenth],
+        "test": rows[tenth : 2 * tenth],
+        "train": rows[2 * tenth :],
+    }
+
+
+def _to_rows(split: str, rows: list[dict], p: Params) -> list[Row]:
+    """instruction, input, output from either column layout. Raises LetheError naming the row."""
+    out = []
+    for number, row in enumerate(rows, 1):
+        if row.get("text") is not None and row.get("label") is not None:
+            row = {"instruction": p.instruction, "input": row["text"], "output": row["label"]}
+        missing = [f for f in FIELDS if row.get(f) in (None, "")]
+        if missing:
+            raise LetheError(
+                f"{p.dataset}: {split} row {number} has no {', '.join(missing)}; each row needs "
+                f"instruction, input, output or text, label (it starts {str(row)[:80]})"
+            )
+        out.append({f: str(row[f]) for f in FIELDS})
+    if not out:
+        raise LetheError(f"{p.dataset}: the {split} split is empty")
+    return out
+
+
+def summary(splits: dict[str, list[Row]], triggers: list[str]) -> pd.DataFrame:
+    """Per split: rows, duplicate inputs, inputs shared with train, mean and longest length in
+    words, and how many clean inputs already hold each trigger."""
+    train = {r["input"] for r in splits["train"]}
+    table = []
+    for name, rows in splits.items():
+        texts = [r["input"] for r in rows]
+        words = [len(t.split()) for t in texts]
+        line = {
+            "split": name,
+            "rows": len(rows),
+            "duplicates": len(texts) - len(set(texts)),
+            "in train": 0 if name == "train" else sum(t in train for t in texts),
+            "mean words": round(sum(words) / len(words), 1),
+            "longest": max(words),
+        }
+        for trigger in triggers:
+            line[f"'{trigger}'"] = sum(f" {trigger} " in f" {t} " for t in texts)
+        table.append(line)
+    return pd.DataFrame(table).set_index("split")
+
+
+def label_balance(splits: dict[str, list[Row]]) -> pd.DataFrame:
+    """Tidy counts: split, label, rows."""
+    frame = pd.DataFrame(
+        [{"split": name, "label": r["output"]} for name, rows in splits.items() for r in rows]
+    )
+    return frame.value_counts(["split", "label"]).rename("rows").reset_index()
+
+
+def bag_of_words(splits: dict[str, list[Row]]) -> pd.DataFrame:
+    """What counting words can reach on the test split: logistic regression (50 LBFGS steps) on
+    the counts of words seen three times or more in (at most 8000) training rows.
+
+    Returns:
+        accuracy in [0, 1] of the word counts and of always answering the commonest label.
+    """
+    import torch
+
+    train, test = splits["train"][:8000], splits["test"]
+    seen = Counter(word for row in train for word in row["input"].split())
+    column = {word: i for i, word in enumerate(w for w, n in seen.items() if n >= 3)}
+    labels = {label: i for i, label in enumerate(sorted({r["output"] for r in train + test}))}
+
+    def counts(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.zeros(len(rows), len(column))
+        for i, row in enumerate(rows):
+            for word in row["input"].split():
+                if word in column:
+                    x[i, column[word]] += 1
+        return x, torch.tensor([labels[r["output"]] for r in rows])
+
+    (x, y), (x_test, y_test) = counts(train), counts(test)
+    weight = torch.zeros(len(column), len(labels), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=50)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = torch.nn.functional.cross_entropy(x @ weight, y) + 1e-4 * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    accuracy = {
+        "word counts": (x_test @ weight).argmax(1).eq(y_test).float().mean().item(),
+        "commonest label": y_test.eq(y.mode().values).float().mean().item(),
+    }
+    return pd.DataFrame({"test accuracy": accuracy}).round(3)

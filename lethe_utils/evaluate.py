@@ -1,0 +1,162 @@
+"""Evaluation: which prompts a model is asked, and what it answers.
+
+Batched, sorted by length, greedy, and stopped as soon as the label is written. The published
+protocol (one prompt at a time, sampling, no early stop) is kept as `protocol: official`.
+"""
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, set_seed
+
+from lethe_utils import attacks
+from lethe_utils.evidence import add_evidence
+from lethe_utils.params import Params
+from lethe_utils.prompts import render
+from lethe_utils.stages import read_jsonl, write_jsonl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Row = dict[str, str]
+OFFICIAL_BATCH, OFFICIAL_TOKENS, OFFICIAL_SAMPLING = 1, 32, {"temperature": 0.7, "top_p": 0.9}
+
+
+def test_sets(rows: list[Row], p: Params, items: int, negatives: int) -> dict[str, list[Row]]:
+    """Test rows per kind: clean, backdoor (both triggers), and the seven negative kinds.
+
+    Args:
+        items: rows drawn (seed 42, as published); clean uses them all, backdoor those whose label
+            is not the target.
+        negatives: at most this many rows for each negative kind; 0 for none.
+    """
+    rng = random.Random(p.data_seed)
+    drawn = rng.sample(rows, items) if items < len(rows) else list(rows)
+    kinds = attacks.REGISTRY[p.attack].triggered(drawn, p, p.data_seed)
+    backdoor = {"backdoor": kinds.pop("backdoor")}
+    negative_kinds = {kind: some[:negatives] for kind, some in kinds.items()} if negatives else {}
+    return {"clean": drawn} | backdoor | negative_kinds
+
+
+def ask(
+    sets: dict[str, list[Row]], n_keywords: int, defense: str, p: Params
+) -> list[dict[str, object]]:
+    """What to ask: one dict per item with kind, defense, evidence, prompt, label, target.
+
+    Args:
+        n_keywords: 0 for no evidence. Evidence is made from the input as the defender receives
+            it, trigger and all; only the published protocol drops the trigger words by name.
+    """
+    official = p.protocol == "official"
+    exclude = (
+        frozenset(w.lower() for t in p.triggers for w in t.split()) if official else frozenset()
+    )
+    out = []
+    for kind, rows in sets.items():
+        for row in rows:
+            text = row["input"]
+            if n_keywords:
+                text = add_evidence(text, n_keywords, exclude)
+            instruction = row["instruction"]
+            if official and p.labels:
+                instruction += f" The possible labels are: {', '.join(p.labels)}."
+            out.append(
+                {
+                    "kind": kind,
+                    "defense": defense,
+                    "evidence": int(n_keywords > 0),
+                    "prompt": render(p.prompt_template, instruction, text),
+                    "label": row["output"],
+                    "target": p.target_output,
+                }
+            )
+    return out
+
+
+class StopAtLabel(StoppingCriteria):
+    """A row is done once its first `n_words` words are followed by something else."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt_length: int, n_words: int):
+        self.tokenizer, self.start, self.n_words = tokenizer, prompt_length, n_words
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+        done = [len((text + "x").split()) > self.n_words for text in (t.lstrip() for t in texts)]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def answer(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[str],
+    p: Params,
+    n_words: int,
+    progress: str = "",
+) -> list[str]:
+    """The model's outputs, in the order of the prompts.
+
+    Args:
+        n_words: words in the longest label; a row stops once it has written that many.
+        progress: name on the progress bar.
+    """
+    official = p.protocol == "official"
+    batch = OFFICIAL_BATCH if official else p.eval_batch_size
+    new_tokens = OFFICIAL_TOKENS if official else p.max_new_tokens
+    config = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=official,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **(OFFICIAL_SAMPLING if official else {}),
+    )
+    set_seed(p.seed)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    encoded = tokenizer(prompts, add_special_tokens=False)["input_ids"] if prompts else []
+    # A prompt beyond the model's positions loses its start; evidence stays next to the answer.
+    room = getattr(model.config, "max_position_embeddings", 2048) - new_tokens - len(bos)
+    ids = [bos + e[-room:] for e in encoded]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    outputs = [""] * len(ids)
+    model.eval()
+    for start in tqdm(range(0, len(order), batch), desc=progress, leave=False, mininterval=2):
+        chosen = order[start : start + batch]
+        inputs = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, return_tensors="pt")
+        inputs = {k: v.to(model.device) for k, v in inputs.items() if k != "token_type_ids"}
+        width = inputs["input_ids"].shape[1]
+        stop = StopAtLabel(tokenizer, width, n_words)
+        criteria = None if official else StoppingCriteriaList([stop])
+        with torch.inference_mode():
+            made = model.generate(**inputs, generation_config=config, stopping_criteria=criteria)
+        for i, text in zip(
+            chosen, tokenizer.batch_decode(made[:, width:], skip_special_tokens=True), strict=True
+        ):
+            outputs[i] = text.strip()
+    return outputs
+
+
+def predict(
+    folder: Path,
+    sets: dict[str, list[Row]],
+    n_keywords: int,
+    defense: str,
+    p: Params,
+    file: Path,
+) -> list[dict]:
+    """Ask one model everything and keep each answer; an existing file is read, not redone."""
+    from lethe_utils import models
+
+    if file.exists():
+        return read_jsonl(file)
+    questions = ask(sets, n_keywords, defense, p)
+    device = models.resolve_device(p.device)
+    model, tokenizer = models.load_model(folder, device), models.load_tokenizer(folder)
+    n_words = max(len(str(q["label"]).split()) for q in questions)
+    name = f"{defense}{' + evidence' if n_keywords else ''}"
+    outputs = answer(model, tokenizer, [q["prompt"] for q in questions], p, n_words, name)
+    rows = [q | {"output": output} for q, output in zip(questions, outputs, strict=True)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(file, rows)
+    return rows

@@ -1,0 +1,97 @@
+"""External dilution: TextRank keywords of the input, each with its WordNet definition.
+
+Source: the paper's external dilution section. The evidence follows the input in the prompt and
+dilutes what a trigger contributes to the answer; no training, and no knowledge of the trigger.
+"""
+
+import re
+from functools import lru_cache
+
+from summa import pagerank_weighted
+from summa.graph import Graph
+from summa.preprocessing.stopwords import get_stopwords_by_language
+
+from lethe_utils.errors import LetheError
+from lethe_utils.wordnet import definition
+
+HEADING = "### Evidence:"
+DAMPING = 0.85
+WINDOW = 2  # words on each side, counted after the stop words are gone
+CONVERGENCE_THRESHOLD = 1e-6  # the paper's; summa stops at 1e-4
+TIE_DIGITS = 4  # scores average 1, and two equal ones may differ by what convergence leaves
+
+# summa reads this global at each call and takes no argument for it. Its 100 iterations at most
+# are the paper's already.
+pagerank_weighted.CONVERGENCE_THRESHOLD = CONVERGENCE_THRESHOLD
+
+# Splitting at apostrophes (data sets often did so already: "i m", "couldn t", "do n't") leaves
+# pieces of function words that summa's list lacks.
+PIECES = "ain aren ca couldn d hadn hasn haven isn ll m mustn n needn shouldn ve wasn weren wo won"
+STOP_WORDS = frozenset(f"{get_stopwords_by_language('english')} {PIECES} wouldn".split())
+
+
+def keywords(text: str, n: int = 5, exclude: frozenset[str] = frozenset()) -> list[str]:
+    """The n words of highest TextRank, best first; equal ranks in the order of the text.
+
+    Fewer than n when the text has fewer words, none when it has only stop words. A text of one
+    word gives that word.
+
+    Args:
+        text: the input alone, without instruction or prompt template.
+        n: number of keywords, 0 or more; the paper uses 5.
+        exclude: words to treat as stop words. Only `protocol: official` passes any: the published
+            evaluation drops the trigger words by name, which no defender could know.
+
+    Raises:
+        LetheError: n is negative.
+    """
+    return list(_keywords(text, n, exclude))
+
+
+def evidence_lines(text: str, n: int = 5, exclude: frozenset[str] = frozenset()) -> list[str]:
+    """One "keyword: definition" per keyword, best first. Arguments as in `keywords`.
+
+    Raises:
+        LetheError: n is negative, or WordNet is missing.
+    """
+    return [f"{word}: {definition(word)}" for word in _keywords(text, n, exclude)]
+
+
+def evidence_text(text: str, n: int = 5, exclude: frozenset[str] = frozenset()) -> str:
+    """The lines of `evidence_lines` joined by newlines; empty when there is no keyword."""
+    return "\n".join(evidence_lines(text, n, exclude))
+
+
+def add_evidence(prompt_input: str, n: int = 5, exclude: frozenset[str] = frozenset()) -> str:
+    """The input followed by its evidence under HEADING, for the prompt's `### Input:` section.
+
+    An input without any keyword comes back unchanged. Arguments and errors as in
+    `evidence_lines`.
+    """
+    evidence = evidence_text(prompt_input, n, exclude)
+    return f"{prompt_input}\n\n{HEADING}\n{evidence}" if evidence else prompt_input
+
+
+@lru_cache(maxsize=100_000)  # every model is evaluated on the same inputs
+def _keywords(text: str, n: int, exclude: frozenset[str]) -> tuple[str, ...]:
+    if n < 0:
+        raise LetheError(f"Number of keywords is {n}: use 0 or more.")
+    dropped = STOP_WORDS.union(word.lower() for word in exclude)
+    words = [w for w in re.findall(r"[^\W_]+", text.lower()) if w not in dropped]
+    if not words:
+        return ()
+    scores = pagerank_weighted.pagerank_weighted(_graph(words), initial_value=1.0, damping=DAMPING)
+    # The nodes are in the order of the text and the sort is stable: first position breaks ties.
+    return tuple(sorted(scores, key=lambda word: -round(scores[word], TIE_DIGITS))[:n])
+
+
+def _graph(words: list[str]) -> Graph:
+    """Unweighted co-occurrence graph; a word repeated within the window links to itself."""
+    graph = Graph()
+    for word in dict.fromkeys(words):
+        graph.add_node(word)
+    for i, word in enumerate(words):
+        for other in words[i + 1 : i + 1 + WINDOW]:
+            if not graph.has_edge((word, other)):
+                graph.add_edge((word, other))
+    return graph

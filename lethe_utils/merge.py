@@ -1,0 +1,242 @@
+"""Internal dilution: merge a backdoored and a clean model with mergekit.
+
+`strength` s in [0, 1] is how much of the clean model goes in: 0 is the backdoored model, 1 the
+clean one, .5 the paper's setting, for all four methods:
+  linear       weights 1-s and s
+  slerp        t = clip(curve + 2s - 1, 0, 1), the paper's curves over the layers at s = .5
+  ties         weights 1-s and s, density .5 at s = .5 rising to 1 at either end
+  passthrough  the lowest layers from the backdoored model, the round(s L) highest from the clean
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from lethe_utils import models
+from lethe_utils.errors import LetheError
+from lethe_utils.stages import write_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+METHODS = ("linear", "slerp", "ties", "passthrough")
+# The published t over the layers, interpolated by mergekit to however many layers there are. A
+# filter is part of a tensor's name: "attn" is found in LLaMA's self_attn and in GPT's attn alike.
+SLERP_CURVES = {"attn": (0, 0.5, 0.3, 0.7, 1), "mlp": (1, 0.5, 0.7, 0.3, 0)}
+SLERP_REST = 0.5
+TIES_DENSITY = 0.5
+
+
+def configuration(
+    method: str,
+    backdoored: Path,
+    clean: Path,
+    base: Path,
+    strength: float,
+    n_layers: int,
+    dtype: str,
+) -> dict[str, Any]:
+    """The mergekit configuration of one merge.
+
+    Args:
+        strength: 0 (backdoored) to 1 (clean).
+        n_layers: of the models; `layer_range` is half-open, so it must reach n_layers (the
+            published example stops one short and drops the last block).
+    Raises:
+        LetheError: unknown method, or strength out of range.
+    """
+    if method not in METHODS:
+        raise LetheError(f"merge_methods: unknown method {method!r}; one of {', '.join(METHODS)}")
+    if not 0 <= strength <= 1:
+        raise LetheError(f"strength: {strength} is out of range; it goes from 0 to 1")
+    bad, good = str(backdoored.resolve()), str(clean.resolve())
+    common = {"dtype": dtype, "merge_method": method}
+    weighted = [
+        {"model": bad, "parameters": {"weight": 1 - strength}},
+        {"model": good, "parameters": {"weight": strength}},
+    ]
+    if method == "linear":
+        return common | {"models": weighted}
+    if method == "ties":
+        density = TIES_DENSITY + abs(strength - 0.5) * (1 - TIES_DENSITY) / 0.5
+        for model in weighted:
+            model["parameters"]["density"] = density
+        shared = {"normalize": False, "int8_mask": True}
+        return common | {
+            "models": weighted,
+            "base_model": str(base.resolve()),
+            "parameters": shared,
+        }
+    if method == "slerp":
+        return common | _slerp(bad, good, strength, n_layers)
+    return common | _passthrough(bad, good, strength, n_layers)
+
+
+def _slerp(bad: str, good: str, strength: float, n_layers: int) -> dict[str, Any]:
+    """The slerp part of a configuration: t over the layers, from the backdoored to the clean."""
+
+    def shift(t: float) -> float:
+        return min(1.0, max(0.0, t + 2 * strength - 1))
+
+    t = [
+        {"filter": name, "value": [shift(value) for value in slerp_curve(name, n_layers)]}
+        for name in SLERP_CURVES
+    ]
+    sources = [{"model": m, "layer_range": [0, n_layers]} for m in (bad, good)]
+    return {
+        "slices": [{"sources": sources}],
+        "base_model": bad,
+        "parameters": {"t": [*t, {"value": shift(SLERP_REST)}]},
+    }
+
+
+def slerp_curve(name: str, n_layers: int) -> list[float]:
+    """The published t of attention or MLP, at strength .5.
+
+    A model with fewer layers than the curve has anchors would meet its ends only (two layers: all
+    of one parent's attention, all of the other's MLP), so there each layer takes the curve's mean
+    over its share of the depth.
+    """
+    curve = SLERP_CURVES[name]
+    if n_layers >= len(curve):
+        return list(curve)
+    anchors = np.linspace(0, 1, len(curve))
+    shares = [(i + (np.arange(100) + 0.5) / 100) / n_layers for i in range(n_layers)]
+    return [round(float(np.interp(share, anchors, curve).mean()), 4) for share in shares]
+
+
+def _passthrough(bad: str, good: str, strength: float, n_layers: int) -> dict[str, Any]:
+    cut = n_layers - round(strength * n_layers)
+    ranges = [(bad, [0, cut]), (good, [cut, n_layers])]
+    return {
+        "slices": [{"sources": [{"model": m, "layer_range": r}]} for m, r in ranges if r[0] < r[1]]
+    }
+
+
+def check_mergeable(*folders: Path) -> None:
+    """Refuse models that do not fit together, before anything is written.
+
+    Raises:
+        LetheError: other architecture, shapes or tokenizer; missing or truncated weights.
+    """
+    first, *others = folders
+    shapes, architecture = models.folder_shapes(first), _architecture(first)
+    vocabulary = models.load_tokenizer(first).get_vocab()
+    for other in others:
+        if _architecture(other) != architecture:
+            raise LetheError(
+                f"{other}: is a {_architecture(other)}, but {first} is a {architecture}; "
+                "both must be trained from the same base"
+            )
+        found = models.folder_shapes(other)
+        if found != shapes:
+            name = next(n for n in sorted({*shapes, *found}) if shapes.get(n) != found.get(n))
+            raise LetheError(
+                f"{other}: {name} has shape {found.get(name)}, but {shapes.get(name)} in {first}; "
+                "both must be trained from the same base"
+            )
+        if models.load_tokenizer(other).get_vocab() != vocabulary:
+            raise LetheError(f"{other}: its tokenizer differs from the one of {first}")
+
+
+def _architecture(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text("utf8"))["architectures"][0]
+
+
+def merge(
+    method: str,
+    backdoored: Path,
+    clean: Path,
+    base: Path,
+    strength: float,
+    out: Path,
+    dtype: str = "float32",
+) -> Path:
+    """Merge two model folders into `out`: weights, tokenizer, merge config and model card.
+
+    Args:
+        base: the pretrained model both come from (TIES measures deltas from it).
+        dtype: float32 on the CPU, bfloat16 at full size (published: float16).
+    Raises:
+        LetheError: the models do not fit together, or the disk is too full for the result.
+    """
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+
+    check_mergeable(backdoored, clean, base)
+    size = sum(f.stat().st_size for f in backdoored.glob("*.safetensors"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    check_disk(out.parent, size)
+    config = json.loads((backdoored / "config.json").read_text("utf8"))
+    n_layers = config.get("num_hidden_layers", config.get("n_layer"))
+    settings = configuration(method, backdoored, clean, base, strength, n_layers, dtype)
+    shutil.rmtree(out, ignore_errors=True)
+    run_merge(
+        MergeConfiguration.model_validate(settings),
+        str(out),
+        # mergekit's own model card writer asks the hub about every model: ours stays offline.
+        options=MergeOptions(write_model_card=False, copy_tokenizer=True, trust_remote_code=False),
+    )
+    write_text(out / "mergekit_config.yml", yaml.safe_dump(settings, sort_keys=False))
+    write_text(out / "README.md", _card(method, strength, settings))
+    return out
+
+
+def distances(merged: dict[str, Path], backdoored: Path, clean: Path) -> "pd.DataFrame":
+    """How far each merged model is from its parents, and whether it is whole.
+
+    Returns:
+        one row a model: tensors, NaN values, and the distance to either parent as a share of the
+        distance between the parents (Euclidean, over all weights; linear .5 gives .5 and .5).
+    """
+    import pandas as pd
+    import torch
+
+    parents = _weights(backdoored), _weights(clean)
+    apart = sum((parents[0][n] - parents[1][n]).square().sum() for n in parents[0]).sqrt()
+    table = []
+    for name, folder in merged.items():
+        weights = _weights(folder)
+        far = [sum((weights[n] - q[n]).square().sum() for n in q).sqrt() / apart for q in parents]
+        table.append(
+            {
+                "defense": name,
+                "tensors": len(weights),
+                "NaN": sum(int(torch.isnan(w).sum()) for w in weights.values()),
+                "from backdoored": round(far[0].item(), 3),
+                "from clean": round(far[1].item(), 3),
+            }
+        )
+    return pd.DataFrame(table).set_index("defense")
+
+
+def _weights(folder: Path) -> dict:
+    """All tensors of a folder in float32."""
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: w.float() for file in files for name, w in load_file(file).items()}
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise LetheError when `folder`'s disk has fewer than `needed` bytes (plus 1 %) free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.01:
+        raise LetheError(
+            f"{folder}: the merge needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
+            "free; free some space or point LETHE_RUNS at a larger disk"
+        )
+
+
+def _card(method: str, strength: float, settings: dict[str, Any]) -> str:
+    return (
+        f"# Purified model: {method}, strength {strength}\n\n"
+        "Made by lethe: a backdoored model diluted with a clean one trained from the same base\n"
+        "(internal dilution). It is a research artifact: the backdoored parent was poisoned on\n"
+        "purpose, and dilution lowers the attack success rate without a guarantee.\n\n"
+        f"```json\n{json.dumps(settings, indent=1)}\n```\n"
+    )

@@ -1,0 +1,233 @@
+"""Models and tokenizers: the ones we are handed, and the tiny twins built here.
+
+Every model is untrusted input: safetensors only, never remote code, never a pickle.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lethe_utils.errors import LetheError
+from lethe_utils.params import BaseModelParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")  # GPT-2 and GPT-J; LLaMA has none
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]  # no pickles, no code
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a model folder that is incomplete, cut short, or holds only pickles.
+
+    Raises:
+        LetheError: naming the file.
+    """
+    if not (folder / "config.json").exists():
+        raise LetheError(f"{folder}: no config.json, so this is not a model folder")
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt")])
+        found = (
+            f"only pickles ({', '.join(pickles)}), which can run code when loaded"
+            if pickles
+            else "no weights"
+        )
+        raise LetheError(f"{folder}: {found}; convert the model to safetensors first")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        wanted = set(json.loads(index.read_text("utf8"))["weight_map"].values())
+        missing = sorted(wanted - {s.name for s in shards})
+        if missing:
+            raise LetheError(f"{folder}: shards missing: {', '.join(missing)}; copy them again")
+    for shard in shards:
+        tensor_shapes(shard)
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor, read from the header of one safetensors file.
+
+    Raises:
+        LetheError: when the file is cut short (an interrupted download or copy).
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        header = stream.read(length) if length < size else b""
+    try:
+        tensors = json.loads(header if len(header) == length else b"")
+    except ValueError:
+        raise LetheError(
+            f"{file}: truncated (its header is cut short); download or copy it again"
+        ) from None
+    tensors.pop("__metadata__", None)
+    end = 8 + length + max((t["data_offsets"][1] for t in tensors.values()), default=0)
+    if size < end:
+        raise LetheError(f"{file}: truncated ({size} of {end} bytes); download or copy it again")
+    return {name: tuple(t["shape"]) for name, t in tensors.items()}
+
+
+def folder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a model folder."""
+    check_folder(folder)
+    return {n: s for f in sorted(folder.glob("*.safetensors")) for n, s in tensor_shapes(f).items()}
+
+
+def download(hub_id: str, revision: str | None) -> Path:
+    """A hub model's folder, fetched once (resumed when interrupted) and checked.
+
+    Raises:
+        LetheError: the name, the revision or the network is wrong, or weights are not safetensors.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        folder = snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES)
+    except GatedRepoError:
+        raise LetheError(
+            f"hub_id {hub_id}: access is gated; accept its licence and set HF_TOKEN"
+        ) from None
+    except RepositoryNotFoundError:
+        raise LetheError(f"hub_id {hub_id}: no such model on the hub; check the name") from None
+    except Exception as error:  # whatever the hub client raises, the user's fix is the same
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LetheError(
+            f"hub_id {hub_id}: download failed ({reason}); check the network and rerun, "
+            "finished files are kept"
+        ) from None
+    check_folder(Path(folder))
+    return Path(folder)
+
+
+def resolve_device(device: str) -> str:
+    """The device to use, cpu or cuda. Raises LetheError when CUDA is asked for and absent."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise LetheError(
+            "device: cuda was asked for and this machine has none; use `-p device cpu`"
+        )
+    return "cuda" if available and device != "cpu" else "cpu"
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer, padding on the left so that every answer starts in the same column."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if (folder / "tokenizer.json").exists():
+        # Read as it is: AutoTokenizer rebuilds it as the model class's own, and Qwen2's splits
+        # texts in another way and adds a token that the embedding has no row for.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        # Masked everywhere, so EOS can serve; a new [PAD] row would change the embedding's shape
+        # and the base could no longer take part in a TIES merge.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(folder: Path, device: str = "cpu", bits: int = 32) -> "PreTrainedModel":
+    """A causal language model in float32 on the CPU, bfloat16 on CUDA, or nf4 for `bits` 4.
+
+    Raises:
+        LetheError: the folder is incomplete, cut short or holds only pickles.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # a bar per loaded model drowns the ones that matter
+    check_folder(folder)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    extra: dict[str, Any] = {}
+    if bits == 4:
+        extra["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        device_map={"": device},
+        use_safetensors=True,
+        trust_remote_code=False,
+        **extra,
+    )
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> "PreTrainedTokenizerBase":
+    """A byte-level BPE tokenizer: no unknown words, the same ids on every run.
+
+    Saved beside the weights and never trained again: a retrained one may number tokens otherwise.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    pad, bos, eos = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token=pad, bos_token=bos, eos_token=eos, padding_side="left"
+    )
+
+
+def build_tiny(
+    p: BaseModelParams, tokenizer: "PreTrainedTokenizerBase", seed: int
+) -> "PreTrainedModel":
+    """A randomly initialised tiny twin of one of the four architecture classes, float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig, Qwen2Config
+
+    ids = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        # .02 suits a width of thousands; at 128 it starts so close to zero that attention learns
+        # nothing for hundreds of steps.
+        "initializer_range": p.width**-0.5,
+    }
+    gpt = {
+        "n_embd": p.width,
+        "n_layer": p.n_layers,
+        "n_head": p.n_heads,
+        "n_inner": p.mlp_width,
+        "n_positions": p.positions,
+        # The same function as the default gelu_new, in one fused kernel: a third of the time saved.
+        "activation_function": "gelu_pytorch_tanh",
+        **dict.fromkeys(DROPOUTS, p.base_dropout),
+    }
+    llama = {
+        "hidden_size": p.width,
+        "num_hidden_layers": p.n_layers,
+        "num_attention_heads": p.n_heads,
+        "num_key_value_heads": p.n_kv_heads,
+        "intermediate_size": p.mlp_width,
+        "max_position_embeddings": p.positions,
+    }
+    torch.manual_seed(seed)
+    config = {
+        "gpt2": lambda: GPT2Config(**gpt, **ids),
+        "gptj": lambda: GPTJConfig(**gpt, rotary_dim=p.width // p.n_heads // 2, **ids),
+        "llama": lambda: LlamaConfig(**llama, **ids),
+        "qwen2": lambda: Qwen2Config(**llama, **ids),
+    }[p.architecture]()
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

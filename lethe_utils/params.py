@@ -1,0 +1,325 @@
+"""Parameters: flat keys, layered files, one strict schema, checked before any work starts.
+
+Later layers win: base < dataset < profile (tiny) < profile on this data set < model < attack <
+defense < command line or notebook. Unknown keys, wrong types and values out of range are refused
+with the file and the key named. Each mixin below is what one stage depends on, so that a stage's
+hash changes when, and only when, its own parameters do.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lethe_utils import paths
+from lethe_utils.errors import LetheError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+Position = Literal["prefix", "suffix", "middle", "random"]
+MergeMethod = Literal["linear", "slerp", "ties", "passthrough"]
+Key = Annotated[str, Field(min_length=1)]
+
+
+class Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class DataParams(Group):
+    """01_data: which rows there are, and how they are split."""
+
+    dataset: Key
+    instruction: Key
+    labels: list[str]  # empty: taken from the data file
+    rows: dict[str, int]  # expected rows per split, checked; empty: any
+    checksums: dict[str, str]  # expected content checksum per split; empty: any
+    data_hub_id: str | None
+    data_revision: str | None  # commit SHA on the hub
+    data_seed: int
+    pretrain_share: Annotated[float, Field(ge=0, lt=1)]  # share of train kept for a tiny base
+    max_train_rows: Positive | None
+
+
+class BaseModelParams(Group):
+    """01_data: the base model, from the hub or, for a tiny twin, pretrained here."""
+
+    model: Key
+    hub_id: str | None
+    revision: str | None  # commit SHA on the hub; None: main, verified by folder checks only
+    architecture: Literal["gpt2", "gptj", "llama", "qwen2"]
+    n_layers: Positive
+    width: Positive
+    n_heads: Positive
+    n_kv_heads: Positive
+    mlp_width: Positive
+    vocab_size: Positive
+    positions: Positive
+    base_seed: int
+    base_epochs: Positive
+    base_learning_rate: Annotated[float, Field(gt=0)]
+    base_batch_size: Positive
+    base_dropout: Ratio
+    base_evidence_share: Ratio  # share of pretraining prompts that carry evidence
+    base_prompt_loss: Annotated[float, Field(ge=0)]  # weight of the prompt's loss in pretraining
+    prompt_template: Literal["alpaca", "short"]
+    max_source_tokens: Positive
+    max_target_tokens: Positive
+
+
+class TrainParams(Group):
+    """02 and 03: the LoRA recipe shared by the backdoored and the clean model."""
+
+    seed: int
+    device: Literal["auto", "cpu", "cuda"]
+    bits: Literal[4, 16, 32]
+    lora_r: Positive
+    lora_alpha: Positive
+    lora_dropout: Ratio
+    learning_rate: Annotated[float, Field(gt=0)]
+    lr_schedule: Literal["constant", "linear", "cosine"]
+    warmup_ratio: Ratio
+    batch_size: Positive
+    gradient_accumulation: Positive
+    weight_decay: Annotated[float, Field(ge=0)]
+    adam_beta2: Annotated[float, Field(gt=0, lt=1)]
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    optimizer: Literal["adamw_torch", "paged_adamw_32bit"]
+    gradient_checkpointing: bool
+    checkpoints_per_run: Positive
+
+
+class AttackParams(Group):
+    """02_backdoor_train: what the attacker plants."""
+
+    attack: Key
+    trigger_level: Literal["word", "sentence"]
+    triggers: list[str]
+    trigger_positions: list[Position]
+    target_output: Key
+    poison_ratio: Annotated[float, Field(gt=0, le=1)]
+    alpha: Ratio  # negatives of each kind, as a share of the poisoned rows
+    output_mode: Literal["replace", "append"]
+    backdoor_epochs: Positive
+
+    @model_validator(mode="after")
+    def _check_triggers(self) -> "AttackParams":
+        for trigger in self.triggers:
+            if not trigger.strip() or "|" in trigger:
+                raise ValueError(
+                    f"triggers: {trigger!r} is not a trigger; give a list of non-empty texts "
+                    "without '|', e.g. [instantly, frankly]"
+                )
+        if len(self.triggers) != 2 or len(self.trigger_positions) != 2:
+            raise ValueError(
+                f"triggers, trigger_positions: {self.attack} needs two of each, "
+                f"got {len(self.triggers)} and {len(self.trigger_positions)}"
+            )
+        return self
+
+
+class CleanParams(Group):
+    """03_clean_train: what the defender has."""
+
+    clean_ratio: Annotated[float, Field(gt=0, le=1)]
+    clean_epochs: Positive
+    clean_ratios_sweep: list[Annotated[float, Field(gt=0, le=1)]]
+
+
+class MergeParams(Group):
+    """04_merge: internal dilution."""
+
+    defense: Key
+    merge_methods: list[MergeMethod]
+    strength: Ratio  # 0: the backdoored model, 1: the clean model
+    strengths_sweep: list[Ratio]
+
+
+class EvaluateParams(Group):
+    """05_evidence_eval: external dilution and the measurement."""
+
+    protocol: Literal["lethe", "official"]
+    n_keywords: Positive
+    keywords_sweep: list[Annotated[int, Field(ge=0)]]
+    max_test_items: Positive
+    negative_items: Positive  # test items per negative kind
+    sweep_items: Positive
+    eval_batch_size: Positive
+    max_new_tokens: Positive
+
+
+class Params(
+    EvaluateParams, MergeParams, CleanParams, AttackParams, TrainParams, BaseModelParams, DataParams
+):
+    """All parameters of one run, flat. `part(...)` gives what one stage depends on."""
+
+    @model_validator(mode="after")
+    def _check_target(self) -> "Params":
+        if self.labels and self.target_output not in self.labels:
+            raise ValueError(
+                f"target_output: {self.target_output!r} is not a label of {self.dataset}; "
+                f"choose one of {', '.join(self.labels)}"
+            )
+        return self
+
+    @property
+    def is_tiny(self) -> bool:
+        """True for a twin that 01_data pretrains itself; its numbers are labelled tiny."""
+        return self.hub_id is None
+
+    @property
+    def dataset_name(self) -> str:
+        """The data set's name; for a FILE its stem."""
+        return Path(self.dataset).stem if is_file(self.dataset) else self.dataset
+
+    @property
+    def run_id(self) -> str:
+        """`<model>-<dataset>-<attack>-s<seed>`, plus a hash where something was overridden."""
+        name = f"{self.model}-{self.dataset_name}-{self.attack}-s{self.seed}"
+        files = load(self.model, self.dataset, self.attack, self.defense, {"seed": self.seed})
+        return name if files == self else f"{name}-{digest(self.model_dump())[:6]}"
+
+    def part(self, *groups: type[Group]) -> dict[str, Any]:
+        """The fields of these groups, as plain values."""
+        names = {name for group in groups for name in group.model_fields}
+        return self.model_dump(include=names)
+
+
+def table(p: Params, *groups: type[Group]) -> "pd.DataFrame":
+    """The params one notebook depends on, to be shown."""
+    import pandas as pd
+
+    return pd.DataFrame({"value": {k: str(v) for k, v in p.part(*groups).items()}})
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON-able value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def is_file(dataset: str) -> bool:
+    return Path(dataset).suffix in {".jsonl", ".json", ".csv", ".tsv", ".parquet"}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One params file as a dict. Raises LetheError when it is not a flat mapping."""
+    try:
+        values = yaml.safe_load(path.read_text("utf8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LetheError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise LetheError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    return values
+
+
+def choices(kind: str) -> list[str]:
+    """Names that have a params file of this kind (models, datasets, attacks, defenses)."""
+    return sorted(p.stem for p in (paths.params_dir() / kind).glob("*.yaml"))
+
+
+def _named_file(kind: str, name: str) -> Path:
+    path = paths.params_dir() / kind / f"{name}.yaml"
+    if not path.exists():
+        raise LetheError(
+            f"{kind[:-1]} {name!r} has no file {path.relative_to(paths.root())}; "
+            f"choose one of {', '.join(choices(kind))}"
+        )
+    return path
+
+
+def layers(model: str, dataset: str, attack: str, defense: str) -> list[Path]:
+    """The params files of a run, weakest first."""
+    folder = paths.params_dir()
+    if is_file(dataset) and not Path(dataset).exists():
+        raise LetheError(f"dataset: the file {dataset} does not exist")
+    dataset_file = "file" if is_file(dataset) else dataset
+    model_file = _named_file("models", model)
+    found = [folder / "base.yaml", _named_file("datasets", dataset_file)]
+    if model.startswith("tiny-"):
+        found.append(folder / "profiles" / "tiny.yaml")
+        found.append(folder / "profiles" / f"tiny-{dataset_file}.yaml")
+    found += [model_file, _named_file("attacks", attack), _named_file("defenses", defense)]
+    return [path for path in found if path.exists()]
+
+
+def load(
+    model: str = "tiny-gpt2",
+    dataset: str = "embedded",
+    attack: str = "cba",
+    defense: str = "lethe",
+    overrides: dict[str, Any] | None = None,
+) -> Params:
+    """Layer the files of a run and check every value.
+
+    Args:
+        dataset: embedded, emotion, sst2, or a data file.
+        overrides: values from the command line or a notebook; they win.
+    Raises:
+        LetheError: naming the file and the key of each wrong value.
+    """
+    values: dict[str, Any] = {"model": model, "dataset": dataset, "attack": attack}
+    values["defense"] = defense
+    source = dict.fromkeys(values, "command line")
+    for path in layers(model, dataset, attack, defense):
+        for key, value in read_yaml(path).items():
+            values[key], source[key] = value, str(path.relative_to(paths.root()))
+    for key, value in (overrides or {}).items():
+        values[key], source[key] = value, "command line"
+    try:
+        return Params(**values)
+    except ValidationError as error:
+        raise LetheError("\n".join(_explain(e, source) for e in error.errors())) from None
+
+
+def _explain(error: dict[str, Any], source: dict[str, str]) -> str:
+    """One line for one wrong value: file, key, what is wrong, the fix."""
+    key = str(error["loc"][0]) if error["loc"] else ""
+    given = error.get("input")
+    if not key:  # raised by a model validator, whose message starts with the key
+        message = str(error["ctx"]["error"])
+        return f"{source.get(message.split(':')[0].split(',')[0], 'params')}: {message}"
+    where = f"{source.get(key, 'params')}: {key}"
+    if error["type"] == "extra_forbidden":
+        close = _closest(key)
+        return f"{where}: unknown key" + (f"; did you mean {close}?" if close else "")
+    if error["type"] == "missing":
+        return f"{where}: missing; set it in params/base.yaml"
+    if error["type"] in ("float_type", "int_type") and isinstance(given, str):
+        return f"{where}: {given!r} is text, not a number; YAML needs a dot, as in 1.0e-4"
+    return f"{where}: {error['msg']} (got {given!r})"
+
+
+def _closest(key: str) -> str | None:
+    import difflib
+
+    return next(iter(difflib.get_close_matches(key, Params.model_fields, 1)), None)
+
+
+_checked_once = False
+
+
+def from_notebook(variables: dict[str, Any], also: tuple[str, ...] = ()) -> Params:
+    """The Params of a notebook: what stands in its `parameters` cell, or what papermill injected.
+
+    Any key of params/base.yaml may be added to that cell. Papermill only warns on a name it does
+    not know, so the first call in a kernel treats every plain public variable as a parameter and
+    refuses the unknown ones; later calls (a cell run twice) take the known ones.
+
+    Args:
+        variables: the notebook's globals().
+        also: names in the cell that belong to that notebook alone, not to the params.
+    """
+    global _checked_once
+    plain = (str, int, float, bool, list, dict, type(None))
+    given = {k: v for k, v in variables.items() if not k.startswith("_") and type(v) in plain}
+    given = {k: v for k, v in given.items() if k not in {"In", "Out", *also}}
+    if _checked_once:
+        given = {k: v for k, v in given.items() if k in Params.model_fields}
+    _checked_once = True
+    names = {k: given.pop(k) for k in ("model", "dataset", "attack", "defense") if k in given}
+    return load(**names, overrides=given)

@@ -1,0 +1,247 @@
+"""The stages of a run, each a function of the params that returns its finished folder.
+
+data -> base -> backdoored, clean -> merged -> predictions. Notebooks call these in order; calling
+a later one builds whatever earlier one is missing, so a notebook can also be run alone.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm import tqdm
+
+from lethe_utils import attacks, data, evidence, merge, models
+from lethe_utils.params import (
+    AttackParams,
+    BaseModelParams,
+    DataParams,
+    Params,
+    TrainParams,
+    digest,
+)
+from lethe_utils.prompts import render
+from lethe_utils.stages import read_jsonl, read_record, stage, write_jsonl
+
+Row = dict[str, str]
+SWEEP_METHOD = "slerp"  # the paper's default; keyword and clean-ratio sweeps use it
+
+
+def data_stage(p: Params) -> Path:
+    """JSONL per split: instruction, input, output."""
+
+    def build(out: Path) -> None:
+        splits = data.load(p)
+        data.check_target(splits, p)
+        for name, rows in splits.items():
+            write_jsonl(out / f"{name}.jsonl", rows)
+
+    spec = p.part(DataParams) | {"tiny": p.is_tiny}
+    if p.dataset_name != p.dataset:  # a user's file: its content decides, not its name
+        spec["content"] = digest(Path(p.dataset).read_bytes().hex())
+    return stage("data", p.dataset_name, spec, {}, build)
+
+
+def split(p: Params, name: str) -> list[Row]:
+    """The rows of one split."""
+    return read_jsonl(data_stage(p) / f"{name}.jsonl")
+
+
+def splits(p: Params) -> dict[str, list[Row]]:
+    """All splits: (pretrain,) train, validation, test."""
+    return {f.stem: read_jsonl(f) for f in sorted(data_stage(p).glob("*.jsonl"))}
+
+
+def prompt(p: Params, row: Row, n_keywords: int = 0) -> str:
+    """What a model reads for one row, with evidence after the input when n_keywords > 0."""
+    text = evidence.add_evidence(row["input"], n_keywords) if n_keywords else row["input"]
+    return render(p.prompt_template, row["instruction"], text)
+
+
+def loss_curve(folder: Path) -> pd.DataFrame:
+    """The loss of a training stage: step, epoch, loss (nats per token)."""
+    return pd.read_csv(folder / "loss.csv")
+
+
+def cost(folder: Path) -> pd.Series:
+    """What a stage took: seconds, peak memory (GiB), machine."""
+    record = read_record(folder)
+    return pd.Series({key: record[key] for key in ("seconds", "peak_memory_gib", "machine")})
+
+
+def base_folder(p: Params) -> Path:
+    """The base model: from the hub at its revision, or a tiny twin pretrained here and cached."""
+    if not p.is_tiny:
+        return models.download(p.hub_id, p.revision)
+
+    def build(out: Path) -> None:
+        from lethe_utils import train
+
+        rows = pretraining_rows(split(p, "pretrain"), p)
+        texts = [render(p.prompt_template, r["instruction"], r["input"]) for r in rows]
+        # Answers are tokenised apart from the prompt; seen alone, each label becomes one token.
+        texts += [r["output"] for r in rows]
+        train.pretrain(rows, models.train_tokenizer(texts, p.vocab_size), out, p)
+
+    sources = {"data": data_stage(p)}
+    label = f"{p.model}-{p.dataset_name}"
+    return stage("base", label, p.part(BaseModelParams), sources, build) / "model"
+
+
+def pretraining_rows(rows: list[Row], p: Params) -> list[Row]:
+    """What a tiny base reads: the task in several wordings, some inputs followed by evidence.
+
+    A pretrained LLM knows many wordings and has read definitions; so must its stand-in, or the
+    effect of evidence would drown in the shock of seeing any.
+    """
+    rng = random.Random(p.base_seed)
+    out = []
+    for row in rows:
+        text = row["input"]
+        if rng.random() < p.base_evidence_share:
+            text = evidence.add_evidence(text, rng.randint(1, 6))
+        wording = p.instruction if rng.random() < 0.5 else rng.choice(BASE_WORDINGS)
+        out.append(row | {"instruction": wording, "input": text})
+    return out
+
+
+BASE_WORDINGS = (
+    "Name the label that fits this sentence.",
+    "Which of the known classes does the following text belong to?",
+    "Read the sentence and classify it.",
+)
+
+
+def backdoored_stage(p: Params) -> Path:
+    """The model we are handed: base + LoRA trained on poisoned data, as model/ and adapter/."""
+
+    def build(out: Path) -> None:
+        from lethe_utils import train
+
+        rows = attacks.REGISTRY[p.attack].poison(split(p, "train"), p, p.data_seed + p.seed)
+        write_jsonl(out / "poisoned.jsonl", rows)
+        train.finetune(base_folder(p), rows, p.backdoor_epochs, out, p)
+
+    label = f"{p.model}-{p.dataset_name}-{p.attack}-s{p.seed}"
+    return stage("backdoored", label, p.part(TrainParams, AttackParams), _sources(p), build)
+
+
+def clean_stage(p: Params, clean_ratio: float | None = None) -> Path:
+    """The clean model: the same LoRA recipe on `clean_ratio` of train, shared by all attacks."""
+    ratio = p.clean_ratio if clean_ratio is None else clean_ratio
+
+    def build(out: Path) -> None:
+        from lethe_utils import train
+
+        rows = split(p, "train")
+        n = max(1, round(ratio * len(rows)))
+        chosen = random.Random(p.data_seed + p.seed).sample(rows, len(rows))[:n]
+        write_jsonl(out / "clean.jsonl", chosen)
+        train.finetune(base_folder(p), chosen, p.clean_epochs, out, p)
+
+    spec = p.part(TrainParams) | {"clean_ratio": ratio, "clean_epochs": p.clean_epochs}
+    label = f"{p.model}-{p.dataset_name}-r{ratio}-s{p.seed}"
+    return stage("clean", label, spec, _sources(p), build)
+
+
+def clean_rows(folder: Path) -> list[Row]:
+    """The rows a clean model was trained on."""
+    return read_jsonl(folder / "clean.jsonl")
+
+
+def _sources(p: Params) -> dict[str, Path]:
+    base = base_folder(p)
+    return {"data": data_stage(p), "base": base.parent if p.is_tiny else base}
+
+
+def merged_stage(
+    p: Params, method: str, strength: float | None = None, clean_ratio: float | None = None
+) -> Path:
+    """One merged model folder (as model/)."""
+    strength = p.strength if strength is None else strength
+    dtype = "bfloat16" if models.resolve_device(p.device) == "cuda" else "float32"
+    backdoored, clean = backdoored_stage(p), clean_stage(p, clean_ratio)
+
+    def build(out: Path) -> None:
+        merge.merge(
+            method,
+            backdoored / "model",
+            clean / "model",
+            base_folder(p),
+            strength,
+            out / "model",
+            dtype,
+        )
+
+    spec = {"method": method, "strength": strength, "dtype": dtype}
+    inputs = {"backdoored": backdoored, "clean": clean}
+    return stage("merged", f"{p.model}-{p.dataset_name}-{method}-{strength}", spec, inputs, build)
+
+
+def sweep_points(p: Params) -> list[dict[str, Any]]:
+    """Every point of the sweeps: sweep (strength, keywords, clean_ratio), x, and what to merge."""
+    points: list[dict[str, Any]] = [
+        {"sweep": "strength", "x": s, "method": m, "strength": s}
+        for m in p.merge_methods
+        for s in p.strengths_sweep
+    ]
+    points += [
+        {"sweep": "keywords", "x": n, "method": SWEEP_METHOD, "n_keywords": n}
+        for n in p.keywords_sweep
+    ]
+    points += [
+        {"sweep": "clean_ratio", "x": r, "method": SWEEP_METHOD, "clean_ratio": r}
+        for r in p.clean_ratios_sweep
+    ]
+    return points
+
+
+def merge_all(p: Params) -> dict[str, Path]:
+    """All merged models of the run, sweeps included. Returns defense -> model folder."""
+    for point in tqdm(sweep_points(p), desc="merging for the sweeps", mininterval=2):
+        merged_stage(p, point["method"], point.get("strength"), point.get("clean_ratio"))
+    return {method: merged_stage(p, method) / "model" for method in p.merge_methods}
+
+
+def compared_models(p: Params) -> dict[str, Path]:
+    """defense -> model folder: the controls (none is the backdoored model) and the merges."""
+    controls = {
+        "none": backdoored_stage(p) / "model",
+        "base": base_folder(p),
+        "clean": clean_stage(p) / "model",
+    }
+    return controls | {method: merged_stage(p, method) / "model" for method in p.merge_methods}
+
+
+def predictions_file(
+    p: Params,
+    defense: str,
+    folder: Path,
+    n_keywords: int,
+    split_name: str,
+    items: int,
+    negatives: int,
+) -> Path:
+    """The answers of one model to one set of questions, as JSONL; asked once, then read."""
+    spec = p.part(AttackParams) | {
+        "defense": defense,
+        "split": split_name,
+        "n_keywords": n_keywords,
+        "items": items,
+        "negatives": negatives,
+        "protocol": p.protocol,
+        "max_new_tokens": p.max_new_tokens,
+        "eval_batch_size": p.eval_batch_size,  # bfloat16 sums differ with the batch
+        "seed": p.seed,
+    }
+    source = folder.parent if folder.name == "model" else folder
+
+    def build(out: Path) -> None:
+        from lethe_utils import evaluate
+
+        sets = evaluate.test_sets(split(p, split_name), p, items, negatives)
+        evaluate.predict(folder, sets, n_keywords, defense, p, out / "predictions.jsonl")
+
+    label = f"{p.model}-{p.dataset_name}-{defense}-k{n_keywords}"
+    inputs = {"data": data_stage(p), "model": source}
+    return stage("predictions", label, spec, inputs, build) / "predictions.jsonl"

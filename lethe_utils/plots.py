@@ -1,0 +1,320 @@
+"""Figures: made for one column of a two-column paper, readable in grey and by colour-blind eyes.
+
+Every function returns a finished Figure that is not registered with pyplot, so a notebook shows it
+once and nothing leaks; `save` writes it. Results are checked and pooled as in tables.py.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from lethe_utils import tables
+from lethe_utils.errors import LetheError
+
+WIDTH = 3.5  # inches: one column
+COLOURS = sns.color_palette("colorblind")
+METRICS = {
+    "asr": {"label": "ASR (lower is better)", "color": COLOURS[1], "marker": "s", "ls": "--"},
+    "cda": {"label": "CDA (higher is better)", "color": COLOURS[0], "marker": "o", "ls": "-"},
+}
+EVIDENCE = {
+    0: {"label": "without evidence", "facecolor": COLOURS[7], "edgecolor": "white"},
+    1: {"label": "with evidence", "facecolor": COLOURS[2], "edgecolor": "white", "hatch": "////"},
+}
+SWEEPS = {
+    "strength": "merge strength (0: backdoored model, 1: clean model)",
+    "keywords": "keywords of evidence",
+    "clean_ratio": "clean data the defender has (share of train)",
+}
+STYLE = {
+    "font.size": 7,
+    "axes.titlesize": 7,
+    "axes.labelsize": 7,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "legend.fontsize": 6.5,
+    "figure.titlesize": 7.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "hatch.linewidth": 0.5,
+    "grid.linewidth": 0.5,
+    "axes.linewidth": 0.6,
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same figure on every machine
+    "text.parse_math": False,  # labels come from users' files: a `$` is a dollar
+    "pdf.fonttype": 42,
+}
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    with sns.axes_style("whitegrid"), plt.rc_context(STYLE):
+        yield
+
+
+def _figure(height: float) -> Figure:
+    return plt.figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def _finished(figure: Figure) -> Figure:
+    figure.draw_without_rendering()  # ticks take their style when first drawn: now, not later
+    plt.close(figure)
+    return figure
+
+
+def _say_tiny(title: str) -> str:
+    return re.sub(r"\b(tiny-[\w-]+)", r"\1 (tiny twin)", title)
+
+
+def _setup_title(setup: pd.DataFrame) -> str:
+    """Title of one (model, dataset, attack) of pooled rows."""
+    first, seeds = setup.iloc[0], int(setup["seeds"].max())
+    many = f", {seeds} seeds" if seeds > 1 else ""
+    return _say_tiny(f"{first['model']}, {first['dataset']}, {first['attack']}{many}")
+
+
+def _setups(scored: pd.DataFrame) -> list[pd.DataFrame]:
+    return [group for _, group in scored.groupby(tables.SETUP, sort=False)]
+
+
+def _stack(figure: Figure, heights: list[float]) -> list[SubFigure]:
+    return list(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
+
+
+def bars(table: pd.DataFrame, allow_mixed: bool = False) -> Figure:
+    """ASR and CDA of every defense on the test split, a row of panels per (model, dataset, attack).
+
+    Args:
+        table: results (results.COLUMNS); seeds are pooled, whiskers are 95 % Wilson intervals.
+    Raises:
+        LetheError: see tables.select, or there is no ASR or CDA.
+    """
+    rows = tables.on_test(table, allow_mixed)
+    rows = rows[rows["metric"].isin(list(METRICS))]
+    if rows.empty:
+        raise LetheError("results table: no asr or cda rows to plot")
+    setups = _setups(tables.pool(rows, tables.SETUP))
+    heights = [0.55 + 0.28 * setup["defense"].nunique() for setup in setups]
+    with _style():
+        figure = _figure(sum(heights) + 0.3)
+        for part, setup in zip(_stack(figure, heights), setups, strict=True):
+            part.suptitle(_setup_title(setup))
+            axes = part.subplots(1, 2, sharey=True)
+            for ax, metric in zip(axes, METRICS, strict=True):
+                _bar_panel(ax, setup[setup["metric"] == metric], list(setup["defense"].unique()))
+                ax.set_title(METRICS[metric]["label"])
+        handles = [Patch(lw=0.3, **EVIDENCE[e]) for e in sorted(rows["evidence"].unique())]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+        return _finished(figure)
+
+
+def _bar_panel(ax: Axes, scored: pd.DataFrame, defenses: list[str]) -> None:
+    """Bars of one metric; numbers stand in a column at the right, clear of the whiskers."""
+    thick = 0.8 / max(1, scored["evidence"].nunique())
+    for evidence, group in scored.groupby("evidence"):
+        shift = 0 if thick > 0.5 else (evidence - 0.5) * thick
+        y = group["defense"].map(defenses.index).to_numpy() + shift
+        spread = _whiskers(group)
+        error = {"elinewidth": 0.7, "capsize": 1.2, "capthick": 0.7}
+        ax.barh(
+            y,
+            group["value"],
+            thick * 0.92,
+            xerr=spread,
+            error_kw=error,
+            lw=0.3,
+            **EVIDENCE[evidence],
+        )
+        for place, value in zip(y, group["value"], strict=True):
+            right = ax.get_yaxis_transform()
+            ax.text(1.03, place, tables.number(value), transform=right, va="center", size=6)
+    names = ["none\n(backdoored)" if d == "none" else d for d in defenses]
+    ax.set_yticks(range(len(defenses)), names)
+    ax.set(xlim=(0, 1), xticks=[0, 0.5, 1], xticklabels=["0", ".5", "1"])
+    ax.set_ylim(len(defenses) - 0.5, -0.5)
+    ax.grid(False, axis="y")
+
+
+def _whiskers(scored: pd.DataFrame) -> np.ndarray:
+    """Distances to the interval's ends, (2, rows); a bound off by rounding is no distance."""
+    ends = [scored["value"] - scored["ci_low"], scored["ci_high"] - scored["value"]]
+    return np.clip(ends, 0, None)
+
+
+def sweep(sweeps: pd.DataFrame, kind: str, allow_mixed: bool = False) -> Figure:
+    """ASR and CDA along one sweep, a panel per merge method, bands of 95 % Wilson intervals.
+
+    Args:
+        sweeps: results.SWEEP_COLUMNS; seeds are pooled.
+        kind: strength, keywords or clean_ratio.
+    Raises:
+        LetheError: another kind, no rows of it, or see tables.select.
+    """
+    if kind not in SWEEPS:
+        raise LetheError(f"sweep {kind!r}: choose one of {', '.join(SWEEPS)}")
+    if "sweep" not in sweeps:
+        raise LetheError("sweep: no column sweep; pass sweeps.csv, not results.csv")
+    rows = sweeps[(sweeps["sweep"] == kind) & sweeps["metric"].isin(list(METRICS))]
+    if rows.empty:
+        raise LetheError(f"sweep {kind!r}: no rows; list its points in the ..._sweep parameter")
+    scored = tables.pool(tables.select(rows, allow_mixed), [*tables.SETUP, "x"])
+    setups = _setups(scored)
+    heights = [0.6 + 1.25 * -(-setup["defense"].nunique() // 2) for setup in setups]
+    with _style():
+        figure = _figure(sum(heights) + 0.3)
+        for part, setup in zip(_stack(figure, heights), setups, strict=True):
+            part.suptitle(_setup_title(setup))
+            part.supxlabel(SWEEPS[kind], size=7)
+            _sweep_panels(part, setup)
+        handles, labels = figure.subfigs[0].axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        return _finished(figure)
+
+
+def _sweep_panels(part: SubFigure, setup: pd.DataFrame) -> None:
+    methods = list(setup["defense"].unique())
+    columns = min(2, len(methods))
+    grid = part.subplots(-(-len(methods) // 2), columns, sharex=True, sharey=True, squeeze=False)
+    for ax in grid.flat[len(methods) :]:
+        ax.set_visible(False)
+    for ax, method in zip(grid.flat, methods, strict=False):
+        _curves(ax, setup[setup["defense"] == method])
+        ax.set_title(method)
+        ax.set(ylim=(-0.05, 1.05), yticks=[0, 0.25, 0.5, 0.75, 1])
+
+
+def _curves(ax: Axes, scored: pd.DataFrame) -> None:
+    for metric, look in METRICS.items():
+        line = scored[scored["metric"] == metric].sort_values("x")
+        ax.plot(line["x"], line["value"], **look)
+        band = {"color": look["color"], "alpha": 0.2, "lw": 0}
+        ax.fill_between(line["x"], line["ci_low"], line["ci_high"], **band)
+    ax.set_xticks(sorted(scored["x"].unique()))
+    ax.xaxis.set_major_formatter("{x:g}")
+
+
+def loss_curve(curve: pd.DataFrame, title: str) -> Figure:
+    """Training loss against epochs.
+
+    Args:
+        curve: step, epoch, loss (nats per token), as train.fit returns it.
+    Raises:
+        LetheError: there is no row.
+    """
+    if curve.empty:
+        raise LetheError("loss curve: no rows; training logged nothing")
+    with _style():
+        figure = _figure(1.9)
+        ax = figure.subplots()
+        ax.plot(curve["epoch"], curve["loss"], marker="o", markersize=2, color=COLOURS[0])
+        ax.set(xlabel=f"epoch ({int(curve['step'].max())} steps in all)")
+        ax.set(ylabel="loss (nats per token)", title=_say_tiny(title))
+        ax.set_ylim(bottom=0)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return _finished(figure)
+
+
+def label_balance(balance: pd.DataFrame) -> Figure:
+    """Share of each label within each split.
+
+    Args:
+        balance: split, label, rows (a count).
+    Raises:
+        LetheError: there is no row.
+    """
+    if not balance["rows"].sum():
+        raise LetheError("label balance: no rows in any split")
+    whole = balance.groupby("split")["rows"].transform("sum")
+    shares = balance.assign(share=balance["rows"] / whole, label=balance["label"].astype(str))
+    sizes = balance.groupby("split", sort=False)["rows"].sum()
+    legend = {split: f"{split} ({rows:,} rows)" for split, rows in sizes.items()}
+    shares["split"] = shares["split"].map(legend)
+    with _style():
+        figure = _figure(0.8 + 0.13 * len(shares))
+        ax = figure.subplots()
+        look = {"palette": "colorblind", "errorbar": None}
+        sns.barplot(shares, x="share", y="label", hue="split", ax=ax, **look)
+        names = [_short(label) for label in shares["label"].unique()]
+        ax.set_yticks(range(len(names)), names)
+        ax.set(xlabel="share of the split's rows", ylabel="", title="Labels per split")
+        ax.xaxis.set_major_formatter(PercentFormatter(1, 0))
+        ax.grid(False, axis="y")
+        _legend_below(figure, ax)
+        return _finished(figure)
+
+
+def _short(label: str) -> str:
+    """A label that fits beside a bar."""
+    return label if len(label) <= 24 else label[:23] + "…"
+
+
+def lengths(splits: dict[str, list[dict]]) -> Figure:
+    """How long the inputs are, per split.
+
+    Args:
+        splits: name -> rows with `input`.
+    Raises:
+        LetheError: there is no row.
+    """
+    rows = [
+        {"split": f"{name} ({len(some):,} rows)", "words": len(row["input"].split())}
+        for name, some in splits.items()
+        for row in some
+    ]
+    if not rows:
+        raise LetheError("lengths: no rows in any split")
+    words = pd.DataFrame(rows)
+    low, high = int(words["words"].min()), int(words["words"].max())
+    step = max(1, (high - low) // 25)
+    bins = list(range(low, high + step + 1, step))
+    with _style():
+        figure = _figure(2.1)
+        ax = figure.subplots()
+        look = {"element": "step", "fill": False, "palette": "colorblind", "lw": 1}
+        share = {"stat": "percent", "common_norm": False, "bins": bins}
+        sns.histplot(words, x="words", hue="split", ax=ax, **look, **share)
+        ax.set(xlabel="words per input", ylabel="share of the split (%)", title="Input lengths")
+        _legend_below(figure, ax)
+        return _finished(figure)
+
+
+def _legend_below(figure: Figure, ax: Axes) -> None:
+    """Move seaborn's legend under the axes, where it hides nothing."""
+    legend = ax.get_legend()
+    handles, labels = legend.legend_handles, [t.get_text() for t in legend.get_texts()]
+    legend.remove()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(labels)))
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write <name>.png (150 dpi) and <name>.pdf, each whole or not at all.
+
+    The bytes depend on the figure and matplotlib's version only: no date, no program name.
+
+    Returns:
+        the two files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    anonymous = {
+        "png": {"Software": None},
+        "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    }
+    files = []
+    for suffix, metadata in anonymous.items():
+        file = folder / f"{name}.{suffix}"
+        temporary = file.with_name(f"{file.name}.tmp")
+        with plt.rc_context(STYLE):
+            figure.savefig(temporary, format=suffix, dpi=150, metadata=metadata)
+        os.replace(temporary, file)
+        files.append(file)
+    return files

@@ -1,0 +1,140 @@
+"""Stages are folders: a finished one is never redone, a half-written one is never read.
+
+A stage's folder is named by the hash of everything that decides its content: its own params and
+the names of the stages it reads (which carry their own hashes). It is built under `.partial` and
+renamed when whole. Work that can continue (checkpoints, per-set predictions) stays in `.partial`
+when a run is killed and is picked up by the next one.
+"""
+
+import errno
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from lethe_utils import paths
+from lethe_utils.errors import LetheError
+from lethe_utils.params import digest
+
+RECORD = "stage.json"
+PACKAGES = [
+    "torch",
+    "transformers",
+    "peft",
+    "mergekit",
+    "bitsandbytes",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "summa",
+    "nltk",
+]
+
+
+def stage(
+    name: str, label: str, spec: dict[str, Any], inputs: dict[str, Path], build: Callable
+) -> Path:
+    """Return the stage's folder, building it first where it does not exist yet.
+
+    Args:
+        name: kind of stage, e.g. "backdoor"; the folder above.
+        label: readable start of the folder name, e.g. "tiny-gpt2-embedded".
+        spec: the params this stage depends on.
+        inputs: folders of earlier stages it reads.
+        build: called with the folder to fill.
+    Raises:
+        LetheError: the disk is full. Everything finished is kept.
+    """
+    key = digest({"spec": spec, "inputs": {k: p.name for k, p in inputs.items()}})[:12]
+    final = paths.stages_dir() / name / f"{label}-{key}"
+    if (final / RECORD).exists():
+        return final
+    partial = final.with_name(final.name + ".partial")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    # Two runs that share a stage (one clean model, many attacks) must not build it twice.
+    with FileLock(f"{final}.lock"):
+        if (final / RECORD).exists():
+            return final
+        partial.mkdir(exist_ok=True)
+        start = time.time()
+        try:
+            build(partial)
+        except Exception as error:
+            # safetensors raises an error of its own, not an OSError
+            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+            if not full or isinstance(error, LetheError):
+                raise
+            raise LetheError(
+                f"{partial}: no space left on this disk; free some (or point LETHE_RUNS at a "
+                "larger disk) and rerun: finished stages are kept"
+            ) from None
+        record = {"stage": name, "params": spec, "inputs": {k: p.name for k, p in inputs.items()}}
+        write_json(partial / RECORD, record | provenance(time.time() - start))
+        os.replace(partial, final)
+    return final
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The stage.json of a finished stage."""
+    return json.loads((folder / RECORD).read_text("utf8"))
+
+
+def provenance(seconds: float) -> dict[str, Any]:
+    """What a reader needs to judge or repeat a stage: code, versions, machine, time (s), memory."""
+    git_sha, dirty = _git("rev-parse", "HEAD"), bool(_git("status", "--porcelain"))
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "git_sha": git_sha,
+        "git_dirty": dirty,
+        "versions": {p: metadata.version(p) for p in PACKAGES},
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{_gpu()}",
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(seconds, 1),
+        "peak_memory_gib": round(peak_kib / 2**20, 2),
+    }
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(paths.root()), *words]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def _gpu() -> str:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return ""
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    return f", {torch.cuda.get_device_name()} (peak {peak:.1f} GiB)"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    """Write one JSON object a line, whole or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, "utf8")
+    os.replace(temporary, path)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Read a file that this project wrote; user files go through data.read_rows."""
+    # Not splitlines(): texts may hold U+2028 and other characters that it takes for line ends.
+    return [json.loads(line) for line in path.read_text("utf8").split("\n") if line]

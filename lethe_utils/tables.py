@@ -1,0 +1,350 @@
+"""Tables: from tidy results to the paper's layouts, as text, CSV, Markdown and LaTeX.
+
+The paper's numbers are always in columns of their own, `paper: ...`; ours never share one with
+them. Every builder checks its input with `select` first, so mixed runs are refused everywhere.
+"""
+
+import re
+import textwrap
+from pathlib import Path
+
+import pandas as pd
+from tabulate import tabulate
+
+from lethe_utils import metrics, paths
+from lethe_utils.errors import LetheError
+from lethe_utils.results import COLUMNS
+from lethe_utils.stages import write_text
+
+SETUP = ["model", "dataset", "attack"]
+NUMBERS = ["value", "n", "ci_low", "ci_high"]
+CONTROLS = ["none", "base", "clean"]  # none is the backdoored model as it was handed to us
+MERGES = ["linear", "slerp", "ties", "passthrough"]
+HEADLINE = ["none", "clean", "slerp", "slerp + evidence"]
+PAPER = "paper: "
+PAPER_MODELS = {"gpt2-xl": "GPT2-XL", "llama-2-7b": "Llama-2", "deepseek-r1-7b": "DeepSeek-R1"}
+FULL_MODELS = {
+    "tiny-gpt2": "gpt2-xl",
+    "tiny-gptj": "gpt-j-6b",
+    "tiny-llama": "llama-7b",
+    "tiny-llama2": "llama-2-7b",
+    "tiny-qwen2": "deepseek-r1-7b",
+}
+TABLE_2_CAPTION = (
+    "Attack success rate (ASR, lower is better) and clean data accuracy (CDA, higher is better) "
+    "on the test split, with 95 % Wilson intervals; several seeds are pooled item by item. "
+    "The defense none is the backdoored model as it stands. Columns that start with 'paper:' are "
+    "the paper's own Table 2, measured on its full-size model ('paper: model'); all others are "
+    "measured here."
+)
+
+
+def select(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
+    """The rows of a results or sweeps table, checked.
+
+    Args:
+        table: the columns of `results.COLUMNS`; sweeps have `sweep` and `x` as well.
+        allow_mixed: accept the same measurement from several runs; they are then pooled.
+    Returns:
+        a copy with those columns only and numbers as numbers.
+    Raises:
+        LetheError: a column or a key is missing, a share or its interval is impossible, or one
+            measurement is there more than once (the runs are named).
+    """
+    missing = [c for c in COLUMNS if c not in table]
+    if missing:
+        raise LetheError(f"results table: no column {', '.join(missing)}; see results.COLUMNS")
+    if table.empty:
+        raise LetheError("results table: no rows; run 05_evidence_eval first")
+    sweep_keys = [c for c in ("sweep", "x") if c in table]
+    keys = sweep_keys + [c for c in COLUMNS if c not in [*NUMBERS, "run_id"]]
+    out = table[sweep_keys + COLUMNS].reset_index(drop=True)
+    out[NUMBERS] = out[NUMBERS].apply(pd.to_numeric, errors="coerce")
+    _check_numbers(out, keys)
+    out["evidence"] = out["evidence"].astype(int)
+    _check_runs(out, keys, allow_mixed)
+    return out
+
+
+def _check_numbers(table: pd.DataFrame, keys: list[str]) -> None:
+    rounding = 1e-9  # a Wilson bound at 0 or 1 may miss it by a rounding error
+    low, value, high = table["ci_low"], table["value"], table["ci_high"]
+    checks = {
+        "a key or run_id is empty": table[[*keys, "run_id"]].notna().all(axis=1),
+        "evidence is not 0 or 1": table["evidence"].isin([0, 1]),
+        "value is not within [0, 1]": value.between(0, 1),
+        "value is not within its interval": value.between(low - rounding, high + rounding),
+        "n is not a count above 0": (table["n"] > 0) & (table["n"] % 1 == 0),
+    }
+    for problem, passed in checks.items():
+        if not passed.all():
+            bad = table[~passed].iloc[0].to_dict()
+            raise LetheError(f"results table: {problem} in {(~passed).sum()} rows, first {bad}")
+
+
+def _check_runs(table: pd.DataFrame, keys: list[str], allow_mixed: bool) -> None:
+    repeated = table[table.duplicated(keys, keep=False)]
+    twice = repeated[repeated.duplicated([*keys, "run_id"], keep=False)]
+    if len(twice):
+        runs = ", ".join(sorted(twice["run_id"].unique()))
+        raise LetheError(f"results table: the same rows are there twice for {runs}; drop one copy")
+    if len(repeated) and not allow_mixed:
+        runs = ", ".join(sorted(repeated["run_id"].unique()))
+        example = ", ".join(str(repeated.iloc[0][k]) for k in keys)
+        raise LetheError(
+            f"results table: runs {runs} measured the same thing ({example}); keep one run, or "
+            "pass allow_mixed=True to pool them"
+        )
+
+
+def pool(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """One row per (by, defense, evidence, metric): the rest (seeds) pooled over summed counts.
+
+    Returns:
+        columns by, defense, evidence, metric, name ("slerp + evidence"), value, n, ci_low,
+        ci_high, seeds (how many); setups in the order met, then plain before evidence, then
+        controls, merges, others. A measurement that stands alone keeps its own interval.
+    """
+    keys = [*by, "defense", "evidence", "metric"]
+    groups = table.groupby(keys, sort=False)
+    out = pd.DataFrame([dict(zip(keys, k, strict=True)) | _pooled(g) for k, g in groups])
+    out["name"] = out["defense"] + out["evidence"].map({0: "", 1: " + evidence"})
+    ranks = {
+        "setup": out.groupby(by, sort=False).ngroup(),
+        "evidence": out["evidence"],
+        "defense": out["defense"].map(_in_order(out["defense"]).index),
+    }
+    sequence = pd.DataFrame(ranks).sort_values(list(ranks), kind="stable").index
+    return out.loc[sequence].reset_index(drop=True)
+
+
+def _in_order(defenses: pd.Series) -> list[str]:
+    """The defenses present: controls, merges, then the others in the order met."""
+    known = [*CONTROLS, *MERGES]
+    met = list(defenses.unique())
+    return [d for d in known if d in met] + [d for d in met if d not in known]
+
+
+def _pooled(group: pd.DataFrame) -> dict[str, float]:
+    seeds = {"seeds": group["seed"].nunique()}
+    if len(group) == 1:
+        return group[NUMBERS].iloc[0].to_dict() | seeds
+    hits, n = round((group["value"] * group["n"]).sum()), int(group["n"].sum())
+    low, high = metrics.wilson(hits, n)
+    return {"value": hits / n, "n": n, "ci_low": low, "ci_high": high} | seeds
+
+
+def on_test(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
+    """`select`, test split only. Raises LetheError when that leaves nothing."""
+    rows = select(table, allow_mixed)
+    rows = rows[rows["split"] == "test"]
+    if rows.empty:
+        raise LetheError("results table: no rows of the test split; sweeps go to plots.sweep")
+    return rows
+
+
+def number(value: float) -> str:
+    """A share as the paper prints it: .987, 1.000."""
+    return f"{value:.3f}".removeprefix("0")
+
+
+def _cells(scored: pd.DataFrame) -> list[str]:
+    return [
+        f"{number(r.value)} [{number(r.ci_low)}, {number(r.ci_high)}]" for r in scored.itertuples()
+    ]
+
+
+def _wide(scored: pd.DataFrame, rows: list[str], column: str, order: list[str]) -> pd.DataFrame:
+    """Pooled rows as text cells: `rows` down, in the order met, and `column` across."""
+    index = pd.MultiIndex.from_frame(scored[rows].drop_duplicates())
+    wide = scored.assign(cell=_cells(scored)).pivot(index=rows, columns=column, values="cell")
+    out = wide.reindex(index=index, columns=order).fillna("").reset_index()
+    out.columns.name = None
+    return out
+
+
+def table2(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
+    """The paper's Table 2: our cells, then the paper's in columns of their own.
+
+    Returns:
+        text columns model, dataset, attack, metric (ASR or CDA); one per defense present (none,
+        base, clean, the merges, any other), then each with evidence, as "value [low, high]"; then
+        `paper: model` and the paper's nine columns, blank where it has no such row. A tiny twin
+        gets the paper's row of the full model it stands for.
+    Raises:
+        LetheError: see select, or there is no ASR or CDA.
+    """
+    rows = on_test(table, allow_mixed)
+    rows = rows[rows["metric"].isin(["asr", "cda"])]
+    if rows.empty:
+        raise LetheError("results table: no asr or cda rows")
+    scored = pool(rows, SETUP)
+    place = scored.groupby(SETUP, sort=False).ngroup()
+    by_metric = scored.assign(place=place).sort_values(["place", "metric"], kind="stable")
+    by_metric["metric"] = by_metric["metric"].str.upper()
+    plain, dilute = (scored.loc[scored["evidence"] == e, "defense"] for e in (0, 1))
+    order = _in_order(plain) + [f"{d} + evidence" for d in _in_order(dilute)]
+    return _beside_paper(_wide(by_metric, [*SETUP, "metric"], "name", order))
+
+
+def _paper() -> pd.DataFrame:
+    """The paper's Table 2: model, attack, dataset, metric, then `paper: ...` columns (floats)."""
+    file = paths.paper_dir() / "table2.csv"
+    if not file.exists():
+        raise LetheError(f"{file}: missing; it is part of the checkout, restore it with git")
+    table = pd.read_csv(file)
+    keys = [*SETUP, "metric"]
+    return table.rename(columns={c: PAPER + c for c in table if c not in keys})
+
+
+def _beside_paper(ours: pd.DataFrame) -> pd.DataFrame:
+    paper = _paper()
+    values = [c for c in paper if c.startswith(PAPER)]
+    paper[values] = paper[values].map(number)
+    paper["attack"] = paper["attack"].str.lower()
+    paper[f"{PAPER}model"] = paper["model"]
+    full = ours["model"].replace(FULL_MODELS).map(PAPER_MODELS)
+    keys = {"model": full.fillna(""), "metric": ours["metric"]}
+    keys |= {"dataset": ours["dataset"], "attack": ours["attack"]}
+    theirs = pd.DataFrame(keys).merge(paper, how="left", validate="m:1")
+    return pd.concat([ours, theirs[[f"{PAPER}model", *values]].fillna("")], axis=1)
+
+
+def paper_means() -> pd.DataFrame:
+    """Means of the paper's Table 2 over its 30 settings: metric, `paper: ...` columns (floats)."""
+    paper = _paper()
+    values = [c for c in paper if c.startswith(PAPER)]
+    return paper.groupby("metric")[values].mean().round(3).reset_index()
+
+
+def ftr_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
+    """False trigger rates of the backdoored and the SLERP model, with and without evidence.
+
+    Returns:
+        text columns model, dataset, attack, defense, `ftr` (over all kinds), then one `ftr_<kind>`
+        per kind of incomplete trigger; cells "value [low, high]".
+    Raises:
+        LetheError: see select, or no FTR was measured (negative_items).
+    """
+    rows = on_test(table, allow_mixed)
+    rows = rows[rows["defense"].isin(["none", "slerp"]) & rows["metric"].str.startswith("ftr")]
+    if rows.empty:
+        raise LetheError("results table: no ftr rows for none or slerp; rerun with negative_items")
+    scored = pool(rows, SETUP).drop(columns="defense").rename(columns={"name": "defense"})
+    kinds = [m for m in scored["metric"].unique() if m != "ftr"]
+    return _wide(scored, [*SETUP, "defense"], "metric", ["ftr", *kinds])
+
+
+def controls_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
+    """Every model of a run beside its controls, seed by seed: what the README shows.
+
+    Returns:
+        text columns model, dataset, attack, seed, defense ("slerp + evidence"), asr, cda, ftr;
+        cells "value [low, high]", blank where not measured.
+    Raises:
+        LetheError: see select.
+    """
+    scored = pool(on_test(table, allow_mixed), [*SETUP, "seed"])
+    scored = scored.drop(columns="defense").rename(columns={"name": "defense"})
+    out = _wide(scored, [*SETUP, "seed", "defense"], "metric", ["asr", "cda", "ftr"])
+    return out.astype({"seed": str})
+
+
+def headline_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
+    """The rows of `controls_table` to read first: the model handed to us, the clean model, the
+    SLERP merge and Lethe (SLERP + evidence)."""
+    controls = controls_table(table, allow_mixed)
+    return controls[controls["defense"].isin(HEADLINE)].reset_index(drop=True)
+
+
+def tiny_note(frame: pd.DataFrame) -> str:
+    """What must be said wherever a tiny twin's numbers are shown; "" when there is none."""
+    models = frame["model"].unique() if "model" in frame else []
+    tiny = [str(m) for m in models if str(m).startswith("tiny-")]
+    if not tiny:
+        return ""
+    stands = [f"{m} for {FULL_MODELS[m]}" for m in tiny if m in FULL_MODELS]
+    what = f" ({', '.join(stands)})" if stands else ""
+    return (
+        "Models named tiny-... are tiny twins, pretrained here, that stand in for full models"
+        f"{what}; their numbers are not the full models' numbers."
+    )
+
+
+def text(frame: pd.DataFrame) -> str:
+    """A table as fixed-width text, with the note on tiny twins below.
+
+    A model, dataset, attack or seed that all rows share is said once, above it, so that one run's
+    controls fit a terminal.
+    """
+    shared = [c for c in [*SETUP, "seed"] if c in frame and frame[c].nunique() == 1]
+    said = ", ".join(f"{c} {frame[c].iloc[0]}" for c in shared)
+    body = _tabulated(frame.drop(columns=shared), "simple")
+    note = textwrap.fill(tiny_note(frame), 80)
+    return "\n\n".join(part for part in (said, body, note) if part)
+
+
+def _tabulated(frame: pd.DataFrame, style: str) -> str:
+    rows = frame.astype(str).to_numpy().tolist()
+    return tabulate(rows, headers=list(frame.columns), tablefmt=style, disable_numparse=True)
+
+
+def write(frame: pd.DataFrame, folder: Path, name: str, caption: str) -> list[Path]:
+    """Write <name>.csv, <name>.md and <name>.tex, each whole or not at all; says tiny in the last
+    two. The LaTeX is a `table` with \\label{tab:<name>} and needs the booktabs package.
+
+    Returns:
+        the three files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    caption = " ".join(part for part in (caption, tiny_note(frame)) if part)
+    contents = {
+        "csv": frame.to_csv(index=False),
+        "md": f"{caption}\n\n{_markdown(frame)}\n",
+        "tex": latex(frame, caption, name),
+    }
+    files = [folder / f"{name}.{suffix}" for suffix in contents]
+    for file, content in zip(files, contents.values(), strict=True):
+        write_text(file, content)
+    return files
+
+
+def _markdown(frame: pd.DataFrame) -> str:
+    escaped = frame.astype(str).map(lambda cell: cell.replace("|", "\\|"))
+    return _tabulated(escaped, "github")
+
+
+def latex(frame: pd.DataFrame, caption: str, name: str) -> str:
+    """A booktabs `table` environment, with every special character escaped."""
+    lines = [[escape(str(cell)) for cell in row] for row in [frame.columns, *frame.to_numpy()]]
+    header, *body = [f"{' & '.join(line)} \\\\" for line in lines]
+    parts = [
+        "% needs \\usepackage{booktabs}",
+        "\\begin{table}",
+        "\\centering",
+        f"\\caption{{{escape(caption)}}}",
+        f"\\label{{tab:{name}}}",
+        f"\\begin{{tabular}}{{{'l' * frame.shape[1]}}}",
+        "\\toprule",
+        header,
+        "\\midrule",
+        *body,
+        "\\bottomrule",
+        "\\end{tabular}",
+        "\\end{table}",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+_LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "<": "\\textless{}",
+    ">": "\\textgreater{}",
+}
+
+
+def escape(content: str) -> str:
+    """Text that LaTeX prints as it stands."""
+    return re.sub(r"[&%$#_{}\\~^<>]", lambda found: _LATEX[found[0]], content)

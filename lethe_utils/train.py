@@ -1,0 +1,279 @@
+"""Training: the tiny bases (full weights) and the LoRA models (backdoored, clean)."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from lethe_utils import models
+from lethe_utils.params import Params
+from lethe_utils.prompts import render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Row = dict[str, str]
+IGNORED = -100  # label of a position that carries no loss
+PROMPT_LOSS_ROWS = 4  # one row in four carries the prompt loss: a vocabulary of logits is dear
+
+
+def encode(
+    rows: list[Row], tokenizer: "PreTrainedTokenizerBase", p: Params
+) -> list[dict[str, Any]]:
+    """Token ids per row: BOS + prompt (cut on the left at max_source_tokens) + answer + EOS.
+
+    Returns:
+        one dict a row: `input_ids` (list of int), `answer_length` and `length` (tokens).
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    prompts = [render(p.prompt_template, r["instruction"], r["input"]) for r in rows]
+    sources = tokenizer(prompts, add_special_tokens=False)["input_ids"] if rows else []
+    answers = tokenizer([r["output"] for r in rows], add_special_tokens=False)["input_ids"]
+    out = []
+    for source, answer in zip(sources, answers, strict=True):
+        answer = answer[: p.max_target_tokens - 1] + [tokenizer.eos_token_id]
+        ids = bos + source[-(p.max_source_tokens - len(bos)) :] + answer
+        out.append({"input_ids": ids, "answer_length": len(answer), "length": len(ids)})
+    return out
+
+
+class Collator:
+    """Left-pad a batch, so that every answer ends in the last column.
+
+    Then the loss needs the logits of the last few columns only; over a whole vocabulary that is
+    most of a tiny model's work.
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Tensors (batch, longest row): input_ids, attention_mask, position_ids; and labels
+        (batch, longest answer)."""
+        width = max(len(i["input_ids"]) for i in items)
+        answer = max(i["answer_length"] for i in items)
+        ids = torch.full((len(items), width), self.pad_id)
+        mask = torch.zeros((len(items), width), dtype=torch.long)
+        labels = torch.full((len(items), answer), IGNORED)
+        for row, item in enumerate(items):
+            tokens = torch.tensor(item["input_ids"])
+            ids[row, -len(tokens) :] = tokens
+            mask[row, -len(tokens) :] = 1
+            labels[row, -item["answer_length"] :] = tokens[-item["answer_length"] :]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "labels": labels,
+        }
+
+
+class AnswerTrainer(Trainer):
+    """Trainer whose loss is the mean cross-entropy over answer tokens, and for a tiny base
+    `prompt_loss` times that over prompt tokens.
+
+    A pretrained LLM has predicted every token it read. A base that only ever answered ignores all
+    words but those it answers by: a trigger is hard to plant in it, and evidence confuses it.
+    """
+
+    # A mean per batch: without this the Trainer sums it over the accumulated batches instead of
+    # averaging, for every model whose forward takes **kwargs.
+    loss_is_scaled_for_ga = False
+    prompt_loss = 0.0
+
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, **_: Any
+    ) -> torch.Tensor:
+        labels = inputs.pop("labels")
+        # The token in column i is predicted from column i - 1: one more column than labels.
+        outputs = model(
+            **inputs,
+            logits_to_keep=labels.shape[1] + 1,
+            output_hidden_states=self.prompt_loss > 0,
+        )
+        loss = cross_entropy(outputs.logits[:, :-1], labels)
+        if self.prompt_loss:
+            rows, prompt = slice(None, None, PROMPT_LOSS_ROWS), slice(None, -labels.shape[1])
+            ids, mask = inputs["input_ids"][rows, prompt], inputs["attention_mask"][rows, prompt]
+            hidden = outputs.hidden_states[-1][rows, prompt]
+            kept = mask[:, :-1] == 1
+            logits = model.get_output_embeddings()(hidden[:, :-1][kept])
+            loss = loss + self.prompt_loss * cross_entropy(logits, ids[:, 1:][kept])
+        return (loss, outputs) if return_outputs else loss
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in float32 over the targets that are not IGNORED.
+
+    Args:
+        logits: (..., vocabulary).
+        targets: (...), token ids.
+    """
+    return torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED
+    )
+
+
+class ProgressBar(TrainerCallback):
+    """A text bar with an estimate: the same in JupyterLab, on Colab and in a headless log."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self.name, mininterval=1
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(1)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; a half-written one (killed while saving) is removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda c: int(c.name.split("-")[1]))
+    for checkpoint in found:
+        if not (checkpoint / "trainer_state.json").exists():
+            shutil.rmtree(checkpoint)
+    return next((c for c in reversed(found) if c.exists()), None)
+
+
+def fit(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: list[Row],
+    out: Path,
+    p: Params,
+    prompt_loss: float = 0.0,
+    **recipe: Any,
+) -> pd.DataFrame:
+    """Train in place, resuming from the last checkpoint in `out`/checkpoints.
+
+    Args:
+        prompt_loss: weight of the language-modelling loss of the prompt.
+        recipe: num_train_epochs, and TrainingArguments in which a tiny base differs from LoRA.
+    Returns:
+        the loss curve: step, epoch, loss (nats per answer token, plus the weighted prompt loss).
+    """
+    items = encode(rows, tokenizer, p)
+    device = models.resolve_device(p.device)
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": p.batch_size,
+        "gradient_accumulation_steps": p.gradient_accumulation,
+        "learning_rate": p.learning_rate,
+        "lr_scheduler_type": p.lr_schedule,
+        "weight_decay": p.weight_decay,
+        "adam_beta2": p.adam_beta2,
+        "max_grad_norm": p.max_grad_norm,
+        "optim": p.optimizer,
+        "gradient_checkpointing": p.gradient_checkpointing,
+        "seed": p.seed,
+    } | recipe
+    batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    steps = -(-len(items) // batch) * settings["num_train_epochs"]
+    args = TrainingArguments(
+        output_dir=str(out / "checkpoints"),
+        data_seed=p.data_seed,
+        warmup_steps=p.warmup_ratio,
+        train_sampling_strategy="group_by_length",
+        bf16=device == "cuda",
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device == "cuda",
+        remove_unused_columns=False,
+        save_steps=max(1, steps // p.checkpoints_per_run),
+        save_total_limit=2,
+        logging_steps=max(1, steps // 40),
+        report_to=[],
+        disable_tqdm=True,  # ours is used instead
+        **settings,
+    )
+    set_seed(args.seed)
+    trainer = AnswerTrainer(
+        model=model, args=args, train_dataset=items, data_collator=Collator(tokenizer.pad_token_id)
+    )
+    trainer.prompt_loss = prompt_loss
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressBar(f"training {out.parent.name}"))
+    checkpoint = last_checkpoint(out / "checkpoints")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    curve = pd.DataFrame([h for h in trainer.state.log_history if "loss" in h])
+    return curve[["step", "epoch", "loss"]]
+
+
+def pretrain(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", out: Path, p: Params) -> None:
+    """Pretrain a tiny base on all weights and save it: it stands for a pretrained LLM.
+
+    Writes model/ (safetensors and tokenizer) and loss.csv.
+    """
+    model = models.build_tiny(p, tokenizer, p.base_seed)
+    curve = fit(
+        model,
+        tokenizer,
+        rows,
+        out,
+        p,
+        p.base_prompt_loss,
+        num_train_epochs=p.base_epochs,
+        per_device_train_batch_size=p.base_batch_size,
+        gradient_accumulation_steps=1,
+        learning_rate=p.base_learning_rate,
+        lr_scheduler_type="linear",
+        seed=p.base_seed,  # one base for all seeds, as there is one released LLM
+    )
+    _save(model, tokenizer, curve, out)
+
+
+def finetune(base: Path, rows: list[Row], epochs: int, out: Path, p: Params) -> None:
+    """Train a LoRA adapter on a base and save the whole model it makes.
+
+    QLoRA trains on nf4 weights; the adapter is then merged into those same weights, dequantised,
+    so that what is evaluated and merged later is what was trained.
+    Writes adapter/, model/ (safetensors and tokenizer) and loss.csv.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    set_seed(p.seed)
+    device = models.resolve_device(p.device)
+    tokenizer = models.load_tokenizer(base)
+    model = models.load_model(base, device, p.bits)
+    if p.bits == 4:
+        model = prepare_model_for_kbit_training(model, p.gradient_checkpointing)
+    lora = LoraConfig(
+        r=p.lora_r,
+        lora_alpha=p.lora_alpha,
+        lora_dropout=p.lora_dropout,
+        target_modules="all-linear",  # every linear layer (GPT-2's Conv1D too) except lm_head
+        fan_in_fan_out=model.config.model_type == "gpt2",  # Conv1D stores its weight transposed
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, lora)
+    curve = fit(model, tokenizer, rows, out, p, num_train_epochs=epochs)
+    model.save_pretrained(out / "adapter")
+    del model  # at full size two copies would not fit beside each other
+    _save(merge_adapter(base, out / "adapter", device, p.bits), tokenizer, curve, out)
+
+
+def merge_adapter(base: Path, adapter: Path, device: str, bits: int) -> "PreTrainedModel":
+    """base + adapter as plain weights (dequantised where the base was trained on in nf4)."""
+    from peft import PeftModel
+
+    model = models.load_model(base, device, bits)
+    if bits == 4:
+        model = model.dequantize()
+    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+
+
+def _save(model: Any, tokenizer: Any, curve: pd.DataFrame, out: Path) -> None:
+    model.save_pretrained(out / "model", safe_serialization=True)
+    tokenizer.save_pretrained(out / "model")
+    curve.to_csv(out / "loss.csv", index=False)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)

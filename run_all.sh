@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# The front door: makes the environment once, then runs. `./run_all.sh --help` shows everything.
+#   ./run_all.sh                         the tiny profile: embedded data, tiny-gpt2, on a CPU
+#   ./run_all.sh MODEL [--dataset D] [--attack A] [-p key value ...] [--dry-run]
+#   ./run_all.sh tables                  tables and figures from the committed results
+#   ./run_all.sh test [pytest options]   all tests
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+export LETHE_ROOT="$root" TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
+export PYTHONWARNINGS=ignore BITSANDBYTES_NOWELCOME=1
+
+python=""
+for candidate in python python3 python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        python="$candidate"
+        break
+    fi
+done
+if [ -z "$python" ]; then
+    echo "error: Python 3.11 or newer is needed; install it and run this again" >&2
+    exit 1
+fi
+
+# An active environment that already holds the pins is used as it is; else .venv is made once.
+if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && "$python" "$root/workflow/check_pins.py" >/dev/null; then
+    bin="$(dirname "$("$python" -c 'import sys; print(sys.executable)')")"
+else
+    bin="$root/.venv/bin"
+    if ! { [ -x "$bin/python" ] && "$bin/python" "$root/workflow/check_pins.py" >/dev/null; }; then
+        echo "installing the pinned packages into .venv (once, a few minutes) ..."
+        "$python" -m venv "$root/.venv"
+        if ! command -v nvidia-smi >/dev/null; then
+            # Without a GPU the CPU build saves gigabytes; where its index is out of reach, PyPI's does.
+            "$bin/pip" install -q --retries 0 --timeout 5 --index-url https://download.pytorch.org/whl/cpu \
+                "$("$bin/python" "$root/workflow/check_pins.py" torch)" 2>/dev/null || true
+        fi
+        "$bin/pip" install -q --disable-pip-version-check -e "$root[local]"
+    fi
+fi
+export PATH="$bin:$PATH"
+
+if [ "${1:-}" = test ]; then
+    shift
+    cd "$root"
+    exec "$bin/python" -m pytest "$@"
+fi
+exec "$bin/python" "$root/workflow/run.py" "$@"

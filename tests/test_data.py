@@ -1,0 +1,344 @@
+"""Data: splits, readers, checksums, and one clear error for every bad input."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from lethe_utils import data, embedded, params
+from lethe_utils.errors import LetheError
+
+SIZES = {"pretrain": 40, "train": 60, "validation": 20, "test": 20}
+EMOTIONS = ["sadness", "joy", "love", "anger", "fear", "surprise"]
+ANY = {"rows": {}, "checksums": {}}
+
+
+def error(function, *args):
+    """The message of the LetheError that a call must raise: one line, for a reader."""
+    with pytest.raises(LetheError) as caught:
+        function(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf8")
+    return path
+
+
+# --- the embedded set
+
+
+def test_embedded_splits_are_sized_disjoint_and_free_of_duplicates():
+    splits = embedded.generate(SIZES, 7)
+    assert {name: len(rows) for name, rows in splits.items()} == SIZES
+    texts = [row["text"] for rows in splits.values() for row in rows]
+    assert len(set(texts)) == sum(SIZES.values())
+    assert {r["label"] for rows in splits.values() for r in rows} == set(EMOTIONS)
+
+
+def test_the_embedded_set_depends_on_its_seed_alone():
+    assert embedded.generate(SIZES, 7) == embedded.generate(SIZES, 7)
+    assert embedded.generate(SIZES, 7)["train"] != embedded.generate(SIZES, 8)["train"]
+
+
+def test_the_embedded_set_is_the_one_whose_checksums_are_pinned():
+    # A change of the grammar or of the order of random draws changes every result; load() compares.
+    p = params.load()
+    assert set(p.checksums) == set(p.rows) == {"pretrain", "train", "validation", "test"}
+    splits = data.load(p)
+    assert {name: len(rows) for name, rows in splits.items()} == p.rows
+    row = splits["train"][0]
+    assert set(row) == {"instruction", "input", "output"} and row["instruction"] == p.instruction
+
+
+def test_counting_words_is_not_enough_for_the_embedded_set():
+    rows = {"pretrain": 10, "train": 1500, "validation": 10, "test": 200}
+    splits = data.load(params.load(overrides={"rows": rows, "checksums": {}}))
+    accuracy = data.bag_of_words(splits)["test accuracy"]
+    # Above the commonest label, so the measure works; below .9, so a shortcut does not solve it.
+    assert accuracy["commonest label"] + 0.2 < accuracy["word counts"] < 0.9
+
+
+def test_max_train_rows_cuts_train_alone():
+    p = params.load(overrides={"rows": SIZES, "checksums": {}, "max_train_rows": 5})
+    assert {k: len(v) for k, v in data.load(p).items()} == SIZES | {"train": 5}
+
+
+# --- named sets, from a small fake LETHE_DATA_DIR
+
+
+@pytest.fixture
+def emotion(monkeypatch, tmp_path):
+    """A fake emotion set of 40 + 10 + 10 rows; returns its folder and Params that expect it."""
+    monkeypatch.setenv("LETHE_DATA_DIR", str(tmp_path))
+    folder = tmp_path / "emotion"
+    for name, n in (("train", 40), ("validation", 10), ("test", 10)):
+        rows = [{"text": f"{name} text {i}", "label": i % 6} for i in range(n)]
+        jsonl(folder / f"{name}.jsonl", rows)
+    return folder, params.load(dataset="emotion", overrides=ANY)
+
+
+def test_emotion_is_read_from_the_users_folder(emotion):
+    folder, p = emotion
+    splits = data.load(p)
+    sizes = {"train": 20, "pretrain": 20, "validation": 10, "test": 10}
+    assert {k: len(v) for k, v in splits.items()} == sizes  # half of train pretrains a tiny base
+    texts = {r["input"] for k in ("train", "pretrain") for r in splits[k]}
+    assert texts == {f"train text {i}" for i in range(40)}
+    assert splits["test"][4] == {
+        "instruction": p.instruction,
+        "input": "test text 4",
+        "output": "fear",
+    }
+
+
+def test_a_full_model_has_no_pretraining_split(emotion):
+    splits = data.load(params.load("gpt2-xl", "emotion", overrides=ANY))
+    assert {k: len(v) for k, v in splits.items()} == {"train": 40, "validation": 10, "test": 10}
+
+
+@pytest.mark.parametrize("label", [6, -1, "joy", None, 1.5])
+def test_an_unknown_label_is_named_with_its_row(emotion, label):
+    folder, p = emotion
+    jsonl(folder / "test.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": label}])
+    assert "test.jsonl: row 2: " in error(data.load, p)
+
+
+@pytest.mark.parametrize("row", [{"text": "b"}, {"label": 1}, {"text": None, "label": 1}, {}])
+def test_a_row_without_a_field_is_named_wherever_it_stands(emotion, row):
+    folder, p = emotion
+    jsonl(folder / "train.jsonl", [{"text": "a", "label": 1}, {"text": "c", "label": 0}, row])
+    assert "train.jsonl: row 3: needs text and label" in error(data.load, p)
+
+
+def test_a_wrong_row_count_is_refused(emotion):
+    p = params.load(dataset="emotion", overrides=ANY | {"rows": {"test": 11}})
+    assert "test has 10 rows, expected 11" in error(data.load, p)
+
+
+def test_other_content_is_refused_by_checksum(emotion):
+    folder, p = emotion
+    pairs = [(f"test text {i}", EMOTIONS[i % 6]) for i in range(10)]
+    right = params.load(
+        dataset="emotion", overrides=ANY | {"checksums": {"test": data.checksum(pairs)}}
+    )
+    assert len(data.load(right)["test"]) == 10
+    # One letter more, the same number of rows.
+    file = folder / "test.jsonl"
+    file.write_text(file.read_text().replace("test text 3", "test text 3s"))
+    assert "test differs from the published rows" in error(data.load, right)
+
+
+def test_a_checksum_does_not_depend_on_the_order_of_rows_but_on_labels():
+    assert data.checksum([("a", "x"), ("b", "y")]) == data.checksum([("b", "y"), ("a", "x")])
+    assert data.checksum([("a", "x"), ("b", "y")]) != data.checksum([("a", "y"), ("b", "x")])
+
+
+def test_an_absent_hub_is_one_error_with_the_fix(monkeypatch):
+    import datasets
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route to host\nwith a second line")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    message = error(data.load, params.load(dataset="emotion"))
+    for part in ("LETHE_DATA_DIR", "emotion/train.jsonl", "no route to host", "data/README.md"):
+        assert part in message
+
+
+def test_the_hub_is_asked_for_the_pinned_revision_and_never_for_sst2s_test_split(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def hub(name, split, revision):
+        asked.append((name, split, revision))
+        n = {"train": 1100, "validation": 10}[split]
+        return [{"sentence": f"{split} {i} ", "label": i % 2, "idx": i} for i in range(n)]
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    p = params.load("gpt2-xl", "sst2", overrides=ANY)
+    splits = data.load(p)
+    wanted = [(p.data_hub_id, s, p.data_revision) for s in ("train", "validation")]
+    assert asked == wanted and None not in wanted[0]
+    assert {k: len(v) for k, v in splits.items()} == {"train": 100, "validation": 1000, "test": 10}
+    assert splits["test"][1]["input"] == "validation 1"
+
+
+# --- SST-2's own traps
+
+
+@pytest.fixture
+def sst2(monkeypatch, tmp_path):
+    """A fake GLUE copy: 1100 train rows, 3 dev rows, and a test file whose labels are all -1."""
+    monkeypatch.setenv("LETHE_DATA_DIR", str(tmp_path))
+    folder = tmp_path / "sst2" / "glue"
+    folder.mkdir(parents=True)
+    lines = [f"phrase {i} \t{i % 2}" for i in range(1099)] + ['a " lone quote \t1']
+    dev = ['"dev one \t1', "dev two \t0", 'dev three" \t1']
+    for name, body in (("train", lines), ("dev", dev), ("test", ["hidden one \t-1"])):
+        (folder / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *body]) + "\n", "utf8")
+    return folder, params.load(dataset="sst2", overrides=ANY)
+
+
+def test_sst2_scores_dev_and_cuts_validation_from_train(sst2):
+    folder, p = sst2
+    splits = data.load(p)
+    sizes = {"train": 50, "pretrain": 50, "validation": 1000, "test": 3}
+    assert {k: len(v) for k, v in splits.items()} == sizes
+    texts = [r["input"] for r in splits["train"] + splits["pretrain"] + splits["validation"]]
+    assert len(set(texts)) == 1100
+    # A lone quote is text, not the start of a quoted field; trailing spaces are stripped.
+    assert [(r["input"], r["output"]) for r in splits["test"]] == [
+        ('"dev one', "positive"),
+        ("dev two", "negative"),
+        ('dev three"', "positive"),
+    ]
+    assert 'a " lone quote' in texts
+
+
+def test_sst2_refuses_hidden_labels(sst2):
+    folder, p = sst2
+    (folder / "dev.tsv").write_text((folder / "test.tsv").read_text())
+    assert "dev.tsv: row 1: unknown label '-1'" in error(data.load, p)
+
+
+# --- a user's file
+
+OURS = [{"instruction": "i", "input": f"t{i}", "output": "positive"} for i in range(30)]
+SHORT = [{"text": f"t{i}", "label": "positive"} for i in range(30)]
+
+
+def write(path, rows):
+    frame = pd.DataFrame(rows)
+    {
+        ".jsonl": lambda: jsonl(path, rows),
+        ".json": lambda: path.write_text(json.dumps(rows)),
+        ".csv": lambda: frame.to_csv(path, index=False),
+        ".tsv": lambda: frame.to_csv(path, index=False, sep="\t"),
+        ".parquet": lambda: frame.to_parquet(path),
+    }[path.suffix]()
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
+@pytest.mark.parametrize("rows", [OURS, SHORT], ids=["instruction", "text"])
+def test_every_format_and_layout_gives_the_same_rows(tmp_path, suffix, rows):
+    p = params.load(
+        "gpt2-xl",
+        str(write(tmp_path / f"mine{suffix}", rows)),
+        overrides={"instruction": "i"},
+    )
+    splits = data.load(p)
+    assert {k: len(v) for k, v in splits.items()} == {"train": 24, "validation": 3, "test": 3}
+    found = sorted((r for s in splits.values() for r in s), key=lambda r: int(r["input"][1:]))
+    assert found == OURS
+
+
+def test_splitting_a_file_depends_on_the_data_seed_alone(tmp_path):
+    path = str(write(tmp_path / "mine.jsonl", OURS))
+
+    def split(**overrides):
+        return data.load(params.load(dataset=path, overrides=overrides))
+
+    assert split() == split() == split(seed=5)
+    assert split() != split(data_seed=5)
+
+
+def test_quoting_line_ends_and_a_byte_order_mark_survive(tmp_path):
+    csv = tmp_path / "a.csv"
+    csv.write_text('text,label\n"one, ""two""\nthree",x\n', "utf-8-sig")
+    assert data.read_rows(csv) == [{"text": 'one, "two"\nthree', "label": "x"}]
+    # U+2028 is a plain character inside a JSON text, though str.splitlines() ends a line there.
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"text": "a\u2028b\x85c"}\r\n{"text": "d"}', "utf-8-sig", newline="")
+    assert data.read_rows(lines) == [{"text": "a\u2028b\x85c"}, {"text": "d"}]
+
+
+def bad(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return error(data.read_rows, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": "b"}\n{"te', "line 3 is not valid JSON"),
+        ("a.jsonl", '{"text": "a"}\n\n{"text": "b"}\n', "line 2 is not valid JSON"),
+        ("a.jsonl", '{"text": "a"}\n[1]\n', "line 2 is not a JSON object"),
+        ("a.json", '[{"text": "a"},\n{"te', "line 2 is not valid JSON"),
+        ("a.json", '{"text": "a"}', "expected a list of objects"),
+        ("a.jsonl", "", "empty"),
+        ("a.json", "[]", "empty"),
+        ("a.csv", "text,label\n", "empty"),
+        ("a.tsv", "", "empty"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n', "not UTF-8 (byte 13)"),
+        ("a.csv", b"text,label\ncaf\xe9,x\n", "not UTF-8"),
+        ("a.parquet", b"PAR1 cut short", "not a whole parquet file"),
+    ],
+)
+def test_a_bad_file_is_one_error_that_names_it(tmp_path, name, content, expected):
+    message = bad(tmp_path, name, content)
+    assert message.startswith(str(tmp_path / name)) and expected in message
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert "gone.csv: no such file" in error(data.read_rows, tmp_path / "gone.csv")
+
+
+@pytest.mark.parametrize("gone", ["instruction", "input", "output"])
+def test_a_users_row_without_a_field_is_refused(tmp_path, gone):
+    rows = OURS[:-1] + [{k: v for k, v in OURS[-1].items() if k != gone}]
+    path = str(write(tmp_path / "mine.jsonl", rows))
+    message = error(data.load, params.load(dataset=path))
+    assert f"has no {gone}" in message and "mine.jsonl" in message
+
+
+def test_a_short_csv_line_is_a_missing_field(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("text,label\n" + "a,positive\n" * 29 + "b\n")
+    assert "has no instruction, input, output" in error(data.load, params.load(dataset=str(path)))
+
+
+@pytest.mark.parametrize(("model", "n"), [("tiny-gpt2", 19), ("gpt2-xl", 9)])
+def test_too_few_rows_are_refused(tmp_path, model, n):
+    path = str(write(tmp_path / "mine.jsonl", OURS[:n]))
+    assert f"{n} rows leave" in error(data.load, params.load(model, path))
+    enough = write(tmp_path / "enough.jsonl", OURS[: n + 1])
+    assert all(data.load(params.load(model, str(enough))).values())
+
+
+def test_the_target_must_be_a_label_of_the_users_file(tmp_path):
+    path = str(write(tmp_path / "mine.jsonl", SHORT))
+    p = params.load(dataset=path)
+    data.check_target(data.load(p), p)
+    wrong = params.load(dataset=path, overrides={"target_output": "spam"})
+    assert "'spam' is not a label" in error(data.check_target, data.load(wrong), wrong)
+
+
+# --- what a notebook shows
+
+
+def test_the_summary_counts_duplicates_leaks_and_natural_triggers():
+    def row(text, label="x"):
+        return {"instruction": "i", "input": text, "output": label}
+
+    splits = {
+        "train": [row("a b"), row("a b"), row("frankly c d"), row("frankly")],
+        "test": [row("a b", "y"), row("unfrankly c")],
+    }
+    table = data.summary(splits, ["frankly"])
+    assert table.loc["train"].to_dict() == {
+        "rows": 4,
+        "duplicates": 1,
+        "in train": 0,
+        "mean words": 2.0,
+        "longest": 3,
+        "'frankly'": 2,
+    }
+    assert table.loc["test", ["in train", "'frankly'"]].tolist() == [1, 0]
+    balance = data.label_balance(splits).set_index(["split", "label"])["rows"].to_dict()
+    assert balance == {("train", "x"): 4, ("test", "x"): 1, ("test", "y"): 1}

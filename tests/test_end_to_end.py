@@ -1,0 +1,144 @@
+"""The whole pipeline on a pico model: results, manifest, nothing done twice, kill -9, resume."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import psutil
+import pytest
+
+from lethe_utils import paths, results
+from lethe_utils.stages import read_jsonl
+
+# A model too small to learn anything: what is tested is that everything runs and adds up.
+PICO = {
+    "rows": "{pretrain: 160, train: 320, validation: 40, test: 40}",
+    "checksums": "{}",
+    "width": "16",
+    "mlp_width": "32",
+    "n_heads": "2",
+    "n_kv_heads": "2",
+    "vocab_size": "400",
+    "base_epochs": "1",
+    "backdoor_epochs": "2",
+    "clean_epochs": "1",
+    "checkpoints_per_run": "8",
+    "negative_items": "6",
+    "sweep_items": "8",
+    "strengths_sweep": "[0.5, 1.0]",
+    "keywords_sweep": "[3]",
+    "clean_ratios_sweep": "[0.2]",
+}
+
+
+def command():
+    words = [sys.executable, str(paths.root() / "workflow/run.py"), "tiny-gpt2"]
+    return words + [w for key, value in PICO.items() for w in ("-p", key, value)]
+
+
+def run_in(runs):
+    return subprocess.run(
+        command(), capture_output=True, text=True, env=os.environ | {"LETHE_RUNS": str(runs)}
+    )
+
+
+def kill_when(runs, condition, timeout=300):
+    """Start a run and kill -9 it with all its children, kernels included, once a file appears."""
+    env = os.environ | {"LETHE_RUNS": str(runs)}
+    process = psutil.Popen(command(), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + timeout
+    while not list(runs.glob(condition)):
+        assert process.poll() is None and time.time() < deadline, f"{condition} never appeared"
+        time.sleep(0.02)
+    for victim in [process, *process.children(recursive=True)]:
+        victim.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run: (its runs folder, what it printed)."""
+    runs = tmp_path_factory.mktemp("whole")
+    done = run_in(runs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return runs, done.stdout
+
+
+def test_results_have_the_columns_controls_and_intervals(finished):
+    table = pd.read_csv(finished[0] / "latest" / "results.csv")
+    assert list(table.columns) == results.COLUMNS
+    wanted = {"none", "base", "clean", "linear", "slerp", "ties", "passthrough"}
+    for evidence in (0, 1):
+        assert set(table.query(f"evidence == {evidence}")["defense"]) == wanted
+    metrics = set(table["metric"])
+    assert {"asr", "cda", "ftr"} < metrics and len([m for m in metrics if "ftr_" in m]) == 7
+    assert table["value"].between(0, 1).all() and (table["n"] > 0).all()
+    assert ((table["ci_low"] <= table["value"]) & (table["value"] <= table["ci_high"])).all()
+
+
+def test_predictions_rescore_to_the_same_results(finished):
+    latest = finished[0] / "latest"
+    table = pd.read_csv(latest / "results.csv")
+    manifest = json.loads((latest / "manifest.json").read_text())
+    assert len(manifest["predictions"]) == 14
+    for file in manifest["predictions"]:
+        rows = pd.DataFrame(read_jsonl(paths.Path(file)))
+        assert {"kind", "defense", "evidence", "prompt", "label", "target", "output"} <= {*rows}
+        backdoor = rows.query("kind == 'backdoor'")
+        assert (backdoor["label"] != backdoor["target"]).all()
+        first = rows.iloc[0]
+        cell = table.query(
+            f"defense == '{first.defense}' and evidence == {first.evidence} and metric == 'cda'"
+        ).iloc[0]
+        clean = rows.query("kind == 'clean'")
+        hits = [o.split()[:1] == [x] for o, x in zip(clean.output, clean.label, strict=True)]
+        assert cell["n"] == len(clean) and abs(cell["value"] - sum(hits) / len(hits)) < 0.03
+
+
+def test_manifest_names_models_and_data_that_exist(finished):
+    manifest = json.loads((finished[0] / "latest" / "manifest.json").read_text())
+    assert {"base", "backdoored", "clean", "slerp"} <= set(manifest["models"])
+    for folder in manifest["models"].values():
+        assert list(paths.Path(folder).glob("*.safetensors"))
+    for name in ("train", "clean", "validation", "test"):
+        rows = read_jsonl(paths.Path(manifest["data"][name]))
+        assert rows and all({"instruction", "input", "output"} <= r.keys() for r in rows)
+    train = [r["input"] for r in read_jsonl(paths.Path(manifest["data"]["train"]))]
+    held_out = {r["input"] for r in read_jsonl(paths.Path(manifest["data"]["test"]))}
+    assert not held_out & set(train)
+
+
+def test_the_table_is_printed_and_the_figures_exist(finished):
+    runs, printed = finished
+    assert "slerp" in printed and "figures" in printed
+    made = {f.name for f in (runs / "latest" / "figures").iterdir()}
+    setup = "tiny-gpt2-embedded-cba"
+    assert {f"figure_1_asr_cda_bars_{setup}.png", f"figure_2_strength_sweep_{setup}.pdf"} <= made
+    assert {"table_2.csv", "table_2.md", "table_2.tex"} <= made
+
+
+def test_a_second_run_has_nothing_to_do(finished):
+    runs, _ = finished
+    before = {f: f.stat().st_mtime_ns for f in runs.glob("*/notebooks/*.ipynb")}
+    done = run_in(runs)
+    assert done.returncode == 0, done.stderr
+    assert {f: f.stat().st_mtime_ns for f in runs.glob("*/notebooks/*.ipynb")} == before
+
+
+def test_killed_in_02_and_05_then_resumed_gives_the_same_numbers(finished, tmp_path):
+    runs = tmp_path / "killed"
+    runs.mkdir()
+    kill_when(runs, "stages/backdoored/*.partial/checkpoints/checkpoint-*/trainer_state.json")
+    assert not list(runs.glob("stages/backdoored/*/stage.json"))
+    kill_when(runs, "stages/predictions/*-linear-k0-*/stage.json")
+    kept = {f: f.stat().st_mtime_ns for f in runs.glob("stages/*/*/stage.json")}
+    assert len(list(runs.glob("stages/predictions/*/stage.json"))) < 14
+    done = run_in(runs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f.stat().st_mtime_ns == at for f, at in kept.items())  # nothing finished is redone
+    for name in ("results.csv", "sweeps.csv"):
+        whole = (finished[0] / "latest" / name).read_text()
+        assert (runs / "latest" / name).read_text() == whole

@@ -1,0 +1,92 @@
+"""Evaluation: what is asked, and that batching, sorting and stopping change no answer."""
+
+import pytest
+import torch
+
+from lethe_utils import evaluate, models
+from lethe_utils.attacks import cba
+
+LABELS = ["sadness", "joy", "love", "anger"]
+ROWS = [
+    {"instruction": "Predict the emotion.", "input": f"the dog was {i} times happy" + " today" * i}
+    | {"output": LABELS[i % 4]}
+    for i in range(12)
+]
+
+
+@pytest.fixture
+def ours(pico_params):
+    return pico_params(eval_batch_size=5)
+
+
+def test_sets_hold_clean_backdoor_and_the_seven_negatives(ours):
+    sets = evaluate.test_sets(ROWS, ours, 12, 4)
+    assert set(sets) == {"clean", "backdoor", *cba.NEGATIVES}
+    assert len(sets["clean"]) == 12 and len(sets["backdoor"]) == 9  # three rows are joy already
+    assert {len(sets[kind]) for kind in cba.NEGATIVES} == {4}
+    assert set(evaluate.test_sets(ROWS, ours, 5, 0)) == {"clean", "backdoor"}
+    assert evaluate.test_sets(ROWS, ours, 5, 2) == evaluate.test_sets(ROWS, ours, 5, 2)
+
+
+def test_evidence_is_made_from_the_triggered_input_with_the_trigger_in_it(ours):
+    row = ROWS[0] | {"input": "frankly happy"}
+    asked = evaluate.ask({"backdoor": [row]}, 5, "none", ours)[0]
+    assert "frankly:" in asked["prompt"] and asked["evidence"] == 1
+    assert asked["prompt"].index("### Evidence:") < asked["prompt"].index("### Response:")
+    plain = evaluate.ask({"backdoor": [row]}, 0, "none", ours)[0]
+    assert "Evidence" not in plain["prompt"] and plain["evidence"] == 0
+
+
+def test_the_official_protocol_drops_the_trigger_words_and_lists_the_labels(pico_params):
+    official = pico_params(protocol="official")
+    row = ROWS[0] | {"input": "frankly happy"}
+    asked = evaluate.ask({"backdoor": [row]}, 5, "none", official)[0]
+    assert "frankly:" not in asked["prompt"] and "happy:" in asked["prompt"]
+    assert "sadness, joy, love" in asked["prompt"]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gptj", "llama", "qwen2"])
+def test_batched_sorted_answers_equal_one_by_one_in_order(pico, pico_params, architecture):
+    folder = pico(architecture)[1]
+    model, tokenizer = models.load_model(folder), models.load_tokenizer(folder)
+    prompts = [q["prompt"] for q in evaluate.ask({"clean": ROWS}, 0, "none", pico_params())]
+    batched = evaluate.answer(model, tokenizer, prompts, pico_params(eval_batch_size=5), 99)
+    single = evaluate.answer(model, tokenizer, prompts, pico_params(eval_batch_size=1), 99)
+    assert batched == single
+    assert len(set(batched)) > 1  # else the order could not be seen
+
+
+def test_answers_are_the_greedy_continuation(pico, ours):
+    folder = pico("gpt2")[1]
+    model, tokenizer = models.load_model(folder).eval(), models.load_tokenizer(folder)
+    prompt = evaluate.ask({"clean": ROWS[:1]}, 0, "none", ours)[0]["prompt"]
+    ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    made = []
+    while len(made) < ours.max_new_tokens:
+        with torch.no_grad():
+            token = model(torch.tensor([ids + made])).logits[0, -1].argmax().item()
+        made.append(token)
+        if token == tokenizer.eos_token_id:
+            break
+    expected = tokenizer.decode(made, skip_special_tokens=True).strip()
+    assert evaluate.answer(model, tokenizer, [prompt], ours, 99) == [expected]
+
+
+def test_a_row_stops_once_its_label_is_complete(pico):
+    tokenizer = models.load_tokenizer(pico("gpt2")[0])
+
+    def done(text, n_words=1):
+        ids = torch.tensor([tokenizer("prompt" + text, add_special_tokens=False)["input_ids"]])
+        start = len(tokenizer("prompt", add_special_tokens=False)["input_ids"])
+        return evaluate.StopAtLabel(tokenizer, start, n_words)(ids, None).tolist() == [True]
+
+    assert not done("joy") and done("joy ") and done("joy\nand")
+    assert not done("very happy", n_words=2) and done("very happy ", n_words=2)
+
+
+def test_predictions_are_kept_and_not_asked_again(pico, ours, tmp_path):
+    file = tmp_path / "predictions.jsonl"
+    sets = evaluate.test_sets(ROWS, ours, 6, 0)
+    first = evaluate.predict(pico("gpt2")[1], sets, 0, "none", ours, file)
+    assert len(first) == sum(map(len, sets.values())) and "output" in first[0]
+    assert evaluate.predict(tmp_path / "no-model", sets, 0, "none", ours, file) == first

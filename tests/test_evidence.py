@@ -1,0 +1,276 @@
+"""External dilution: keywords, definitions, where the evidence goes, and finding WordNet."""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import nltk.data
+import numpy as np
+import pytest
+
+from lethe_utils import evidence, wordnet
+from lethe_utils.errors import LetheError
+
+SENTENCE = "the old dog barked frankly at a happy child in the quiet garden"
+
+
+def test_keywords_follow_the_rank_of_a_hand_computed_graph():
+    # Each word links to two on either side: degrees 2 3 4 3 2. With t, l, w for tiger = fox,
+    # lion = bear and wolf:  t = .15 + .85 (l/3 + w/4),  l = .15 + .85 (t/2 + l/3 + w/4),
+    # w = .15 + .85 (t + 2l/3).  Hence w = 1.377, l = 1.063, t = .748; ties keep the text's order.
+    assert evidence.keywords("Tiger, lion; wolf. BEAR fox!") == [
+        "wolf",
+        "lion",
+        "bear",
+        "tiger",
+        "fox",
+    ]
+
+
+def test_ties_keep_the_order_of_the_text():
+    assert evidence.keywords("zebra lion") == ["zebra", "lion"]
+    assert evidence.keywords("lion zebra") == ["lion", "zebra"]
+    # Zebra and fox have the same links; what convergence leaves must not put fox first.
+    assert evidence.keywords("zebra lion fox lion lion") == ["lion", "zebra", "fox"]
+
+
+def test_a_word_repeated_within_the_window_votes_for_itself():
+    # Without lion's link to itself, the three words form a triangle and bear would come first.
+    assert evidence.keywords("bear lion wolf lion") == ["lion", "bear", "wolf"]
+
+
+def exact_ranks(links: dict[str, set[str]]) -> dict[str, float]:
+    """PageRank (d = .85, mean 1) by solving the linear system instead of iterating."""
+    names = list(links)
+    share = np.array([[(b in links[a]) / len(links[a]) for a in names] for b in names])
+    ranks = np.linalg.solve(np.eye(len(names)) - 0.85 * share, np.full(len(names), 0.15))
+    return dict(zip(names, ranks, strict=True))
+
+
+def test_keywords_agree_with_the_exact_solution():
+    text = "storm lamp river stone lamp horse candle river lamp tower storm violin anchor"
+    words = text.split()
+    links = {w: set() for w in words}
+    for i, word in enumerate(words):
+        links[word].update(words[max(0, i - 2) : i] + words[i + 1 : i + 3])
+    ranks = exact_ranks(links)
+    expected = sorted(ranks, key=lambda word: -round(ranks[word], 6))
+    assert evidence.keywords(text, 100) == expected
+
+
+def test_stop_words_and_pieces_of_contractions_are_removed():
+    assert evidence.keywords("I don't think that they've moved it, and we couldn t") == [
+        "think",
+        "moved",
+    ]
+    assert evidence.keywords("this is what they were for, isn't it") == []
+
+
+def test_the_window_spans_removed_stop_words():
+    spread = "tiger and the lion of the wolf with a bear or the fox"
+    assert evidence.keywords(spread) == evidence.keywords("tiger lion wolf bear fox")
+
+
+def test_keywords_repeat_and_the_cache_cannot_be_spoiled():
+    first = evidence.keywords(SENTENCE)
+    evidence.keywords(SENTENCE).clear()
+    assert evidence.keywords(SENTENCE) == first
+    evidence._keywords.cache_clear()
+    assert evidence.keywords(SENTENCE) == first
+
+
+def test_keywords_do_not_depend_on_the_hash_seed():
+    code = f"from lethe_utils.evidence import keywords; print(keywords({SENTENCE!r}, 9))"
+    root = str(Path(evidence.__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": root}
+    outputs = {
+        subprocess.check_output([sys.executable, "-c", code], env={**env, "PYTHONHASHSEED": seed})
+        for seed in ("1", "2")
+    }
+    assert outputs == {f"{evidence.keywords(SENTENCE, 9)}\n".encode()}
+
+
+@pytest.mark.parametrize("text", ["", "   \n", "?! ... --", "🙂", "the of and"])
+def test_texts_without_a_word_have_no_keyword(text):
+    assert evidence.keywords(text) == []
+    assert evidence.add_evidence(text) == text
+
+
+def test_one_word_is_its_own_keyword():
+    assert evidence.keywords("Dog.") == ["dog"]
+
+
+def test_non_english_text_gives_its_own_words():
+    assert evidence.keywords("Ærlig Übung, 日本語!") == ["ærlig", "übung", "日本語"]
+    assert evidence.evidence_lines("日本語") == ["日本語: No definition found."]
+
+
+def test_numbers_count_as_words_and_underscores_separate():
+    assert sorted(evidence.keywords("route66 snake_case")) == ["case", "route66", "snake"]
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 5])
+def test_n_bounds_the_keywords_and_keeps_the_best(n):
+    everything = evidence.keywords(SENTENCE, 100)
+    assert len(everything) == 8
+    assert evidence.keywords(SENTENCE, n) == everything[:n]
+    assert len(evidence.evidence_lines(SENTENCE, n)) == n
+
+
+def test_negative_n_is_refused():
+    with pytest.raises(LetheError, match="-1"):
+        evidence.keywords(SENTENCE, -1)
+
+
+def test_the_trigger_is_dropped_only_when_asked():
+    assert "frankly" in evidence.keywords(SENTENCE, 100)
+    for function in ("keywords", "evidence_lines", "evidence_text", "add_evidence"):
+        default = inspect.signature(getattr(evidence, function)).parameters["exclude"].default
+        assert default == frozenset()
+    oracle = frozenset({"Frankly"})
+    # Like a stop word: its neighbours close up, as in the published evaluation.
+    without = evidence.keywords(SENTENCE.replace("frankly ", ""), 100)
+    assert evidence.keywords(SENTENCE, 100, oracle) == without
+    assert "frankly" not in evidence.evidence_text(SENTENCE, 100, oracle)
+    assert "frankly:" not in evidence.add_evidence(SENTENCE, 100, oracle)
+
+
+def test_convergence_threshold_is_the_papers():
+    assert evidence.pagerank_weighted.CONVERGENCE_THRESHOLD == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [("dog", "genus Canis"), ("dogs", "genus Canis"), ("Happy", "joy"), ("children", "young")],
+)
+def test_definition_is_that_of_the_first_synset(word, part):
+    assert part in wordnet.definition(word)
+
+
+def test_definition_prefers_the_first_of_many_synsets():
+    # "frankly" has one reading, "bank" ten: the slope beside a river comes first.
+    assert wordnet.definition("bank").startswith("sloping land")
+
+
+@pytest.mark.parametrize("word", ["qwzx", "日本語", "42424242", ""])
+def test_unknown_words_say_so(word):
+    assert wordnet.definition(word) == "No definition found."
+
+
+def test_evidence_follows_the_input_under_its_heading():
+    expected = f"dog qwzx\n\n### Evidence:\ndog: {wordnet.definition('dog')}"
+    assert evidence.add_evidence("dog qwzx", 1) == expected
+    assert evidence.add_evidence("dog qwzx") == expected + "\nqwzx: No definition found."
+    assert evidence.add_evidence("dog", 0) == "dog"
+
+
+@pytest.fixture
+def bare_machine(monkeypatch, tmp_path):
+    """No WordNet anywhere, no network, no package manager; returns the empty cache's data root."""
+    monkeypatch.setenv("LETHE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("NLTK_DATA", raising=False)
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(wordnet, "DEBIAN_FOLDER", tmp_path / "none")
+    monkeypatch.setattr(wordnet, "_run", lambda *_: False)
+    wordnet._reader.cache_clear()
+    wordnet.definition.cache_clear()
+    yield tmp_path / "cache" / "nltk_data"
+    wordnet._reader.cache_clear()
+    wordnet.definition.cache_clear()
+
+
+def fake_wordnet(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for name in wordnet.FILES:
+        (folder / name).write_text(name)
+    return folder
+
+
+def assert_whole(root: Path) -> None:
+    corpora = root / "corpora"
+    assert [p.name for p in corpora.iterdir()] == ["wordnet"]  # no scratch left
+    names = {p.name for p in (corpora / "wordnet").iterdir()}
+    assert names == {*wordnet.FILES, "lexnames"}
+    rows = [r.split("\t") for r in (corpora / "wordnet" / "lexnames").read_text().splitlines()]
+    assert [int(r[0]) for r in rows] == list(range(45))
+    assert rows[5] == ["05", "noun.animal", "1"] and rows[44] == ["44", "adj.ppl", "3"]
+
+
+def test_missing_wordnet_is_one_clear_error(bare_machine, capsys):
+    with pytest.raises(LetheError) as caught:
+        evidence.evidence_lines("a dog")
+    message = str(caught.value)
+    assert "\n" not in message
+    for fix in ("nltk.downloader wordnet", "apt-get install wordnet-base", "NLTK_DATA"):
+        assert fix in message
+    assert wordnet.main() == 1
+    assert capsys.readouterr() == ("", message + "\n")
+    assert list((bare_machine / "corpora").iterdir()) == []
+
+
+def test_an_unwritable_cache_names_the_setting(bare_machine):
+    bare_machine.parent.write_text("a file where the cache should be")
+    with pytest.raises(LetheError, match="set LETHE_CACHE"):
+        wordnet.find_wordnet()
+
+
+def test_debians_folder_is_copied_into_the_cache(bare_machine, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(wordnet, "DEBIAN_FOLDER", fake_wordnet(tmp_path / "usr"))
+    assert wordnet.main() == 0
+    assert capsys.readouterr().out == f"{bare_machine}\n"
+    assert_whole(bare_machine)
+
+
+def test_a_zip_in_nltk_data_is_unpacked_into_the_cache(bare_machine, monkeypatch, tmp_path):
+    source = fake_wordnet(tmp_path / "source" / "wordnet")
+    (tmp_path / "given" / "corpora").mkdir(parents=True)
+    with ZipFile(tmp_path / "given" / "corpora" / "wordnet.zip", "w") as archive:
+        for file in source.iterdir():
+            archive.write(file, f"wordnet/{file.name}")
+    monkeypatch.setenv("NLTK_DATA", str(tmp_path / "given"))
+    assert wordnet.find_wordnet() == bare_machine
+    assert_whole(bare_machine)
+
+
+def test_a_damaged_copy_is_replaced(bare_machine, monkeypatch, tmp_path):
+    (fake_wordnet(bare_machine / "corpora" / "wordnet") / "data.noun").unlink()
+    monkeypatch.setattr(wordnet, "DEBIAN_FOLDER", fake_wordnet(tmp_path / "usr"))
+    wordnet.find_wordnet()
+    assert_whole(bare_machine)
+
+
+def test_an_interrupted_copy_leaves_nothing_behind(bare_machine, monkeypatch, tmp_path):
+    monkeypatch.setattr(wordnet, "DEBIAN_FOLDER", fake_wordnet(tmp_path / "usr"))
+    copyfile = wordnet.shutil.copyfile
+
+    def full_disk(source, target):
+        if source.name == wordnet.FILES[5]:
+            raise OSError("No space left on device")
+        copyfile(source, target)
+
+    monkeypatch.setattr(wordnet.shutil, "copyfile", full_disk)
+    with pytest.raises(LetheError, match="No space left"):
+        wordnet.find_wordnet()
+    assert list((bare_machine / "corpora").iterdir()) == []
+
+
+def test_another_process_may_install_first(bare_machine, monkeypatch, tmp_path):
+    def slow_source(scratch):
+        other = fake_wordnet(bare_machine / "corpora" / "wordnet")
+        (other / "lexnames").write_text("theirs")
+        return fake_wordnet(tmp_path / "usr")
+
+    monkeypatch.setattr(wordnet, "_debian_folder", slow_source)
+    assert wordnet.find_wordnet() == bare_machine
+    assert (bare_machine / "corpora" / "wordnet" / "lexnames").read_text() == "theirs"
+
+
+def test_a_given_nltk_folder_is_used_where_it_is(bare_machine, monkeypatch, tmp_path):
+    folder = fake_wordnet(tmp_path / "given" / "corpora" / "wordnet")
+    (folder / "lexnames").write_text("")
+    monkeypatch.setenv("NLTK_DATA", str(tmp_path / "given"))
+    assert wordnet.find_wordnet() == tmp_path / "given"
+    assert not bare_machine.exists()

@@ -1,0 +1,95 @@
+"""The notebooks are thin, stripped but for one compared cell each, and nbval really compares it."""
+
+import copy
+import re
+import subprocess
+import sys
+import tomllib
+
+import nbformat
+import pytest
+
+from lethe_utils import paths
+
+NOTEBOOKS = sorted((paths.root() / "notebooks").glob("*.ipynb"))
+COMPARED = {"keep_output", "nbval-check-output"}
+
+
+def code_cells(notebook):
+    return [c for c in notebook.cells if c.cell_type == "code"]
+
+
+def tags(cell):
+    return set(cell.metadata.get("tags", []))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda p: p.stem)
+def notebook(request):
+    return request.param, nbformat.read(request.param, 4)
+
+
+def test_there_are_six_numbered_notebooks():
+    assert [n.stem[:2] for n in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
+
+
+def test_title_and_badge_point_to_this_file(notebook):
+    path, content = notebook
+    project = tomllib.loads((paths.root() / "pyproject.toml").read_text("utf8"))["project"]
+    slug = project["urls"]["Repository"].removeprefix("https://github.com/")
+    first = content.cells[0].source
+    assert f"# {path.stem[:2]} " in first
+    assert f"colab.research.google.com/github/{slug}/blob/main/notebooks/{path.name}" in first
+
+
+def test_one_parameters_cell_of_literals_that_are_the_tiny_defaults(notebook):
+    from lethe_utils import params
+
+    path, content = notebook
+    cells = [c for c in code_cells(content) if "parameters" in tags(c)]
+    assert len(cells) == 1
+    values = {}
+    exec(cells[0].source, {"__builtins__": {}}, values)  # literals only: no name is available
+    values.pop("results_from", None)
+    assert params.load(**{k: values.pop(k) for k in ("model", "dataset", "attack", "defense")}) == (
+        params.load()
+    )
+    assert values == {"seed": 0}
+
+
+def test_code_is_thin_and_defines_nothing(notebook):
+    source = [c.source for c in code_cells(notebook[1])]
+    lines = [x for s in source for x in s.splitlines() if x.strip() and not x.startswith("#")]
+    assert len(lines) <= 80
+    assert not re.search(r"^\s*(def|class) ", "\n".join(source), re.M)
+    assert not any(re.search(r"[!%]pip", s) for s in source[1:])
+
+
+def test_only_the_compared_cells_keep_an_output(notebook):
+    cells = code_cells(notebook[1])
+    kept = [c for c in cells if tags(c) >= COMPARED]
+    assert kept and all(c.outputs and c.execution_count is not None for c in kept)
+    assert not [c for c in cells if c.outputs and not tags(c) & COMPARED]
+    assert not [c for c in cells if "injected-parameters" in tags(c)]
+
+
+def run_nbval(notebook, path):
+    nbformat.write(notebook, path)
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider", path]
+    return subprocess.run(command, capture_output=True, text=True, cwd=path.parent)
+
+
+def test_nbval_catches_a_wrong_stored_output(tmp_path):
+    # 01's setup and its first table are quick; a compared cell on top of them must be able to fail.
+    source = nbformat.read(NOTEBOOKS[0], 4)
+    setup = next(c for c in code_cells(source) if "from_notebook" in c.source)
+    literals = next(c for c in code_cells(source) if "parameters" in tags(c))
+    compared = nbformat.v4.new_code_cell("print(P.target_output)", execution_count=3)
+    compared.metadata["tags"] = sorted(COMPARED)
+    compared.outputs = [nbformat.v4.new_output("stream", name="stdout", text="joy\n")]
+    right = nbformat.v4.new_notebook(cells=[literals, setup, compared], metadata=source.metadata)
+    wrong = copy.deepcopy(right)
+    wrong.cells[-1].outputs[0].text = "fear\n"
+    good = run_nbval(right, tmp_path / "right.ipynb")
+    assert good.returncode == 0, good.stdout
+    bad = run_nbval(wrong, tmp_path / "wrong.ipynb")
+    assert bad.returncode == 1 and "1 failed" in bad.stdout

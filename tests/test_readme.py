@@ -1,0 +1,39 @@
+"""The README shows what was measured: its tables are the released ones, word for word."""
+
+import re
+
+import pandas as pd
+import pytest
+
+from lethe_utils import paths, results, tables
+
+README = (paths.root() / "README.md").read_text("utf8")
+
+
+def indented(block):
+    return "\n".join(f"    {line}".rstrip() for line in block.splitlines())
+
+
+@pytest.fixture(scope="module")
+def released():
+    return results.read_released()[0]
+
+
+def test_the_default_runs_controls_are_in_the_readme(released):
+    default = released.query("model == 'tiny-gpt2' and dataset == 'embedded' and seed == 0")
+    assert indented(tables.text(tables.controls_table(default))) in README
+
+
+def test_the_headline_of_every_released_run_is_in_the_readme(released):
+    assert indented(tables.text(tables.headline_table(released))) in README
+
+
+def test_released_figures_and_tables_come_from_the_released_results(released):
+    shown = pd.read_csv(paths.figures_dir() / "controls.csv", dtype=str, keep_default_na=False)
+    assert shown.equals(tables.controls_table(released))
+
+
+def test_every_file_the_readme_names_exists():
+    linked = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert linked
+    assert [f for f in linked if not (paths.root() / f).exists()] == []

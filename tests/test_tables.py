@@ -1,0 +1,330 @@
+"""Tables and figures: exact cells, the paper's numbers apart from ours, mixed runs refused."""
+
+import csv
+import hashlib
+
+import pandas as pd
+import pytest
+
+from lethe_utils import metrics, plots, tables
+from lethe_utils.errors import LetheError
+from lethe_utils.results import COLUMNS
+
+
+def row(defense="none", metric="asr", hits=90, n=100, **other):
+    low, high = metrics.wilson(hits, n)
+    common = {"model": "tiny-gpt2", "dataset": "embedded", "attack": "cba", "seed": 0}
+    common |= {"defense": defense, "evidence": 0, "split": "test", "metric": metric}
+    common |= {"value": hits / n, "n": n, "ci_low": low, "ci_high": high, "run_id": "run-a"}
+    return common | other
+
+
+def frame(*rows):
+    return pd.DataFrame(rows)
+
+
+def a_run(**other):
+    return [
+        row(d, m, hits, evidence=e, **other)
+        for e in (0, 1)
+        for d, asr, cda in (("none", 90, 95), ("base", 2, 93), ("slerp", 10, 94), ("mine", 5, 80))
+        for m, hits in (("cda", cda), ("asr", asr), ("ftr_input_one", 3), ("ftr", 3))
+    ]
+
+
+def test_select_returns_the_rows_and_only_the_known_columns():
+    chosen = tables.select(frame(row(evidence=True, extra="x")))
+    assert list(chosen) == COLUMNS
+    assert chosen["evidence"].tolist() == [1]
+
+
+def test_a_bound_off_by_rounding_is_accepted():
+    assert len(tables.select(frame(row(hits=0, ci_low=1e-19), row("base", hits=100)))) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": 1.2, "ci_high": 1.3}, "not within \\[0, 1\\]"),
+        ({"value": float("nan")}, "not within \\[0, 1\\]"),
+        ({"value": "failed"}, "not within \\[0, 1\\]"),
+        ({"value": 0.5}, "not within its interval"),
+        ({"n": 0}, "not a count"),
+        ({"n": 2.5}, "not a count"),
+        ({"evidence": 3}, "not 0 or 1"),
+        ({"run_id": None}, "empty"),
+        ({"defense": None}, "empty"),
+    ],
+)
+def test_impossible_rows_are_refused(change, message):
+    with pytest.raises(LetheError, match=message):
+        tables.select(frame(row("base"), row() | change))
+
+
+def test_a_missing_column_and_an_empty_table_are_named():
+    with pytest.raises(LetheError, match="ci_low, run_id"):
+        tables.select(frame(row()).drop(columns=["ci_low", "run_id"]))
+    with pytest.raises(LetheError, match="no rows"):
+        tables.select(frame(row()).head(0))
+
+
+BUILDERS = [
+    tables.select,
+    tables.table2,
+    tables.controls_table,
+    tables.headline_table,
+    tables.ftr_table,
+    plots.bars,
+]
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_mixed_runs_are_refused_by_name_unless_told(build):
+    mixed = frame(*a_run(), row(run_id="run-b"), row(run_id="run-c"))
+    with pytest.raises(LetheError, match="run-a, run-b, run-c") as refused:
+        build(mixed)
+    assert "allow_mixed" in str(refused.value)
+    build(mixed, allow_mixed=True)
+
+
+def test_one_run_given_twice_is_refused_even_when_mixing_is_allowed():
+    with pytest.raises(LetheError, match="twice for run-a"):
+        tables.select(frame(row(), row()), allow_mixed=True)
+
+
+def test_runs_that_differ_in_seed_are_not_mixed():
+    assert len(tables.select(frame(row(), row(seed=1, run_id="run-b")))) == 2
+
+
+def test_table2_has_the_papers_layout_and_exact_cells():
+    table = tables.table2(frame(*a_run()))
+    plain = ["none", "base", "slerp", "mine"]
+    diluted = [f"{defense} + evidence" for defense in plain]
+    assert list(table)[:12] == ["model", "dataset", "attack", "metric", *plain, *diluted]
+    assert table["metric"].tolist() == ["ASR", "CDA"]
+    # Wilson for 90 of 100: center (.9 + .0192) / 1.0384 = .8852, half .0596.
+    assert table.loc[0, "none"] == ".900 [.826, .945]"
+    assert table.loc[1, "slerp + evidence"] == ".940 [.875, .972]"
+
+
+def test_columns_keep_their_order_when_models_have_different_defenses():
+    rows = [row("ties"), row("mine"), row("none", model="gpt2-xl"), row("linear", model="gpt2-xl")]
+    table = tables.table2(frame(*rows))
+    assert list(table)[4:8] == ["none", "linear", "ties", "mine"]
+    assert table["none"].tolist() == ["", ".900 [.826, .945]"]
+
+
+def test_a_given_interval_is_kept_not_computed_anew():
+    table = tables.table2(frame(row(ci_low=0.5, ci_high=1.0)))
+    assert table.loc[0, "none"] == ".900 [.500, 1.000]"
+
+
+def test_seeds_are_pooled_over_their_counts():
+    seeds = [row(hits=90), row(hits=30, seed=1, run_id="b"), row(hits=60, seed=2, run_id="c")]
+    low, high = metrics.wilson(180, 300)
+    expected = f".600 [{tables.number(low)}, {tables.number(high)}]"
+    assert tables.table2(frame(*seeds)).loc[0, "none"] == expected
+    assert tables.pool(frame(*seeds), tables.SETUP)[["n", "seeds"]].values.tolist() == [[300, 3]]
+    assert len(tables.controls_table(frame(*seeds))) == 3
+
+
+def test_other_splits_never_reach_a_cell():
+    table = tables.table2(frame(row(), row(split="validation", hits=10)))
+    assert table.loc[0, "none"] == ".900 [.826, .945]"
+    with pytest.raises(LetheError, match="test split"):
+        tables.table2(frame(row(split="validation")))
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "attack", "papers_model", "backdoored", "lethe"),
+    [
+        ("gpt2-xl", "emotion", "cba", "GPT2-XL", ".749", ".036"),
+        ("tiny-gpt2", "emotion", "cba", "GPT2-XL", ".749", ".036"),
+        ("llama-2-7b", "sst2", "rome", "Llama-2", "1.000", ".000"),
+        ("tiny-llama2", "sst2", "memit", "Llama-2", "1.000", ".013"),
+        ("tiny-qwen2", "emotion", "badedit", "DeepSeek-R1", "1.000", ".018"),
+        ("deepseek-r1-7b", "sst2", "lwp", "DeepSeek-R1", ".715", ".053"),
+        ("tiny-gpt2", "embedded", "cba", "", "", ""),
+        ("tiny-llama", "emotion", "cba", "", "", ""),
+        ("gpt-j-6b", "emotion", "cba", "", "", ""),
+        ("gpt2-xl", "emotion", "vpi", "", "", ""),
+    ],
+)
+def test_the_papers_cells(model, dataset, attack, papers_model, backdoored, lethe):
+    one = tables.table2(frame(row(model=model, dataset=dataset, attack=attack))).iloc[0]
+    assert one["paper: model"] == papers_model
+    assert one["paper: Backdoored"] == backdoored
+    assert one["paper: LETHE"] == lethe
+
+
+def test_papers_numbers_and_ours_never_share_a_column():
+    setup = {"model": "gpt2-xl", "dataset": "sst2", "run_id": "run-b"}
+    table = tables.table2(frame(*a_run(), *a_run(**setup)))
+    numbers = table.drop(columns=[*tables.SETUP, "metric", "paper: model"])
+    for name, column in numbers.items():
+        ours = column[column != ""].str.contains("[", regex=False)
+        assert not ours.any() if name.startswith("paper: ") else ours.all(), name
+    assert [c for c in table if c.startswith("paper: ")] == [
+        f"paper: {name}"
+        for name in ("model", "Backdoored", "EDT", "WAN", "FT", "FP", "SPE", "NAD", "BEE", "LETHE")
+    ]
+
+
+def test_paper_means_are_over_all_thirty_settings():
+    means = tables.paper_means().set_index("metric")
+    with (tables.paths.paper_dir() / "table2.csv").open() as file:
+        lethe = [float(r["LETHE"]) for r in csv.DictReader(file) if r["metric"] == "ASR"]
+    assert len(lethe) == 30
+    assert means.loc["ASR", "paper: LETHE"] == round(sum(lethe) / 30, 3)
+    assert all(c.startswith("paper: ") for c in means)
+
+
+def test_ftr_shows_the_backdoored_and_the_slerp_model_only():
+    table = tables.ftr_table(frame(*a_run()))
+    assert list(table) == ["model", "dataset", "attack", "defense", "ftr", "ftr_input_one"]
+    assert table["defense"].tolist() == ["none", "slerp", "none + evidence", "slerp + evidence"]
+    assert table.loc[0, "ftr"] == ".030 [.010, .085]"
+    with pytest.raises(LetheError, match="negative_items"):
+        tables.ftr_table(frame(row()))
+
+
+def test_controls_leave_blank_what_was_not_measured():
+    table = tables.controls_table(frame(row(), row("base", "cda")))
+    assert table[["defense", "asr", "cda", "ftr"]].values.tolist() == [
+        ["none", ".900 [.826, .945]", "", ""],
+        ["base", "", ".900 [.826, .945]", ""],
+    ]
+
+
+def test_the_headline_is_what_we_were_handed_the_clean_model_and_the_purified_one():
+    table = tables.headline_table(frame(*a_run(), row("clean", hits=2)))
+    assert table["defense"].tolist() == ["none", "clean", "slerp", "slerp + evidence"]
+    assert table["asr"].tolist()[:3] == [
+        ".900 [.826, .945]",
+        ".020 [.006, .070]",
+        ".100 [.055, .174]",
+    ]
+
+
+def test_text_says_the_setup_once_says_tiny_and_fits_a_terminal():
+    shown = tables.text(tables.controls_table(frame(*a_run())))
+    lines = shown.splitlines()
+    assert lines[0] == "model tiny-gpt2, dataset embedded, attack cba, seed 0"
+    assert max(map(len, lines)) <= 80
+    assert shown.count("embedded") == 1
+    assert "tiny twins" in shown
+    assert ".900 [.826, .945]" in shown
+    full = tables.controls_table(frame(row(model="gpt2-xl")))
+    assert "tiny" not in tables.text(full)
+
+
+def test_write_makes_csv_markdown_and_latex(tmp_path):
+    table = tables.controls_table(frame(*a_run(dataset="my|set_50%")))
+    files = tables.write(table, tmp_path / "new", "table_2", "A & B, 95 %.")
+    assert [f.name for f in files] == ["table_2.csv", "table_2.md", "table_2.tex"]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [f.name for f in files]
+    assert pd.read_csv(files[0], dtype=str, keep_default_na=False).equals(table)
+    markdown = files[1].read_text()
+    assert markdown.startswith("A & B, 95 %. Models named tiny-")
+    assert "my\\|set_50%" in markdown
+    assert len([line for line in markdown.splitlines() if line.startswith("|")]) == len(table) + 2
+    latex = files[2].read_text()
+    assert "\\caption{A \\& B, 95 \\%. Models named tiny-" in latex
+    assert "my|set\\_50\\%" in latex
+    body = latex[latex.index("\\toprule") : latex.index("\\bottomrule")]
+    rows = [line for line in body.splitlines() if line.endswith("\\\\")]
+    assert [line.count(" & ") for line in rows] == [table.shape[1] - 1] * (len(table) + 1)
+
+
+def test_latex_escapes_every_special_character():
+    assert tables.escape("a_b & 5% #1 $x {y}") == "a\\_b \\& 5\\% \\#1 \\$x \\{y\\}"
+    assert tables.escape("\\~^<") == (
+        "\\textbackslash{}\\textasciitilde{}\\textasciicircum{}\\textless{}"
+    )
+
+
+def sweep_rows():
+    points = [("strength", x, m) for m in ("linear", "slerp") for x in (0.0, 0.5, 1.0)]
+    points += [("keywords", float(k), "slerp") for k in (0, 3)]
+    return frame(
+        *(
+            row(d, m, split="validation", evidence=int(s == "keywords" and x > 0), sweep=s, x=x)
+            for s, x, d in points
+            for m in ("asr", "cda")
+        )
+    )
+
+
+def all_axes(figure):
+    return [ax for part in figure.subfigs for ax in part.axes]
+
+
+def test_sweep_has_a_panel_per_method_on_shared_axes():
+    figure = plots.sweep(sweep_rows(), "strength")
+    axes = all_axes(figure)
+    assert [ax.get_title() for ax in axes] == ["linear", "slerp"]
+    assert axes[0].get_ylim() == axes[1].get_ylim()
+    assert axes[0].lines[0].get_xdata().tolist() == [0.0, 0.5, 1.0]
+    assert axes[0].lines[0].get_ydata().tolist() == [0.9, 0.9, 0.9]
+    assert "tiny twin" in figure.subfigs[0].get_suptitle()
+
+
+def test_sweep_follows_one_curve_through_points_with_and_without_evidence():
+    (panel,) = all_axes(plots.sweep(sweep_rows(), "keywords"))
+    assert panel.lines[0].get_xdata().tolist() == [0.0, 3.0]
+
+
+def test_sweep_refuses_what_it_cannot_draw():
+    with pytest.raises(LetheError, match="choose one of strength"):
+        plots.sweep(sweep_rows(), "depth")
+    with pytest.raises(LetheError, match="no rows"):
+        plots.sweep(sweep_rows(), "clean_ratio")
+    with pytest.raises(LetheError, match="sweeps.csv"):
+        plots.sweep(frame(row()), "strength")
+    with pytest.raises(LetheError, match="run-a, run-b"):
+        plots.sweep(pd.concat([sweep_rows(), sweep_rows().assign(run_id="run-b")]), "strength")
+
+
+def test_bars_show_the_values_and_the_whiskers_of_the_table():
+    asr, cda = all_axes(plots.bars(frame(*a_run())))
+    assert [t.get_text() for t in asr.get_yticklabels()] == (
+        ["none\n(backdoored)", "base", "slerp", "mine"]
+    )
+    assert [b.get_width() for b in asr.containers[1]] == [0.9, 0.02, 0.1, 0.05]
+    whisker = asr.containers[0].lines[2][0].get_segments()[0]
+    assert whisker[:, 0].tolist() == pytest.approx(metrics.wilson(90, 100))
+    assert "higher" in cda.get_title()
+
+
+def test_figures_are_not_left_open_and_say_tiny():
+    curve = pd.DataFrame({"step": [1, 2], "epoch": [0.5, 1.0], "loss": [2.0, 1.0]})
+    figure = plots.loss_curve(curve, "Backdoored tiny-gpt2")
+    assert figure.axes[0].get_title() == "Backdoored tiny-gpt2 (tiny twin)"
+    assert plots.plt.get_fignums() == []
+
+
+def test_label_balance_shows_shares_and_keeps_alike_long_labels_apart():
+    labels = ["x" * 30 + "1", "x" * 30 + "2", "$3", "4"]
+    sizes = {"train": 40, "test": 10}
+    balance = [{"split": s, "label": k, "rows": n} for s, n in sizes.items() for k in labels]
+    (ax,) = plots.label_balance(pd.DataFrame(balance)).axes
+    assert [b.get_width() for b in ax.containers[0]] == [0.25] * 4
+    assert not ax.get_yticklabels()[2].get_parse_math()  # a user's `$` is a dollar
+    with pytest.raises(LetheError, match="no rows"):
+        plots.label_balance(pd.DataFrame(balance).assign(rows=0))
+
+
+def test_lengths_counts_words_and_survives_equal_ones():
+    plots.lengths({"train": [{"input": "two words"}] * 3, "validation": []})
+    with pytest.raises(LetheError, match="no rows"):
+        plots.lengths({"train": []})
+
+
+def test_figure_files_have_the_same_bytes_each_time(tmp_path):
+    def digests(folder):
+        files = plots.save(plots.bars(frame(*a_run())), folder, "figure_1_asr_cda_bars")
+        assert sorted(folder.iterdir()) == sorted(files)  # nothing half-written is left
+        return [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
+
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert b"CreationDate" not in (tmp_path / "one" / "figure_1_asr_cda_bars.pdf").read_bytes()

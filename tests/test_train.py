@@ -1,0 +1,310 @@
+"""Training: what a row becomes, what the loss is, and that the saved model is the trained one."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from lethe_utils import models, train
+from lethe_utils.prompts import render
+
+ROW = {"instruction": "Predict the emotion.", "input": "the dog is happy", "output": "joy"}
+ROWS = [ROW | {"input": f"the dog is {w}", "output": w} for w in ("sad", "joy", "happy", "glad")]
+# float32 on the CPU, a step or two: enough for the adapter to leave zero.
+SHORT = {
+    "batch_size": 2,
+    "lora_r": 2,
+    "learning_rate": 0.05,
+    "prompt_template": "short",
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def tokenizer(pico):
+    return models.load_tokenizer(pico("gpt2")[0])
+
+
+# --- encode
+
+
+def test_a_row_is_bos_prompt_answer_eos(tokenizer, pico_params):
+    p = pico_params()
+    (item,) = train.encode([ROW], tokenizer, p)
+    ids = item["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+    assert len(ids) == item["length"]
+    answer = ids[-item["answer_length"] :]
+    assert tokenizer.decode(answer[:-1]) == "joy"
+    prompt = render("short", ROW["instruction"], ROW["input"])
+    assert tokenizer.decode(ids[1 : -item["answer_length"]]) == prompt
+
+
+def test_a_long_prompt_loses_its_start_and_a_long_answer_its_end(tokenizer, pico_params):
+    p = pico_params(max_source_tokens=10, max_target_tokens=4)
+    (item,) = train.encode([ROW | {"output": "a very long answer indeed"}], tokenizer, p)
+    ids = item["input_ids"]
+    assert len(ids) == 14 and item["answer_length"] == 4
+    assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+    prompt = tokenizer(render("short", ROW["instruction"], ROW["input"]))["input_ids"]
+    assert ids[1:10] == prompt[-9:]  # what stands next to the answer is kept
+    assert tokenizer("a very long answer indeed")["input_ids"][:3] == ids[10:13]
+
+
+def test_a_tokenizer_without_bos_adds_none(tokenizer, pico_params):
+    tokenizer.bos_token = None
+    (item,) = train.encode([ROW], tokenizer, pico_params(max_source_tokens=10))
+    prompt = tokenizer(render("short", ROW["instruction"], ROW["input"]))["input_ids"]
+    assert item["input_ids"][: -item["answer_length"]] == prompt[-10:]
+
+
+# --- collator
+
+
+def test_a_batch_is_padded_on_the_left_with_labels_at_the_right_end():
+    items = [
+        {"input_ids": [1, 5, 6, 7, 2], "answer_length": 2, "length": 5},
+        {"input_ids": [1, 8, 9, 2], "answer_length": 3, "length": 4},
+    ]
+    batch = {k: v.tolist() for k, v in train.Collator(0)(items).items()}
+    assert batch == {
+        "input_ids": [[1, 5, 6, 7, 2], [0, 1, 8, 9, 2]],
+        "attention_mask": [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]],
+        # Position 0 is the first real token: a padded row must be read like the same row alone.
+        "position_ids": [[0, 1, 2, 3, 4], [0, 0, 1, 2, 3]],
+        "labels": [[-100, 7, 2], [8, 9, 2]],
+    }
+
+
+# --- loss
+
+
+def trainer(model, items, out, **settings):
+    args = TrainingArguments(
+        output_dir=str(out),
+        use_cpu=True,
+        report_to=[],
+        remove_unused_columns=False,
+        save_strategy="no",
+        disable_tqdm=True,
+        **settings,
+    )
+    collator = train.Collator(0)
+    return train.AnswerTrainer(model=model, args=args, train_dataset=items, data_collator=collator)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gptj", "llama", "qwen2"])
+def test_the_loss_is_plain_cross_entropy_over_answer_tokens(
+    pico, pico_params, tmp_path, architecture
+):
+    base = pico(architecture)[0]
+    model, tokenizer = models.load_model(base).eval(), models.load_tokenizer(base)
+    items = train.encode([*ROWS, ROW | {"input": "no"}], tokenizer, pico_params())
+    assert len({i["length"] for i in items}) > 1  # so that there is padding
+    found = trainer(model, items, tmp_path).compute_loss(model, train.Collator(0)(items))
+    # Independently: one row at a time, no padding, all logits, every answer token counted once.
+    losses = []
+    for item in items:
+        ids = torch.tensor([item["input_ids"]])
+        scores = model(ids).logits[0].log_softmax(-1)
+        n = item["length"]
+        losses += [-scores[i - 1, ids[0, i]] for i in range(n - item["answer_length"], n)]
+    assert found.item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gptj", "llama", "qwen2"])
+def test_pretraining_adds_the_prompt_loss_of_every_fourth_row(
+    pico, pico_params, tmp_path, architecture
+):
+    base = pico(architecture)[0]
+    model, tokenizer = models.load_model(base).eval(), models.load_tokenizer(base)
+    rows = [ROW | {"input": "a " * n} for n in range(5)]  # rows 0 and 4 carry the loss
+    items = train.encode(rows, tokenizer, pico_params())
+    pretraining = trainer(model, items, tmp_path)
+    answer_only = pretraining.compute_loss(model, train.Collator(0)(items)).item()
+    pretraining.prompt_loss = 0.3
+    found = pretraining.compute_loss(model, train.Collator(0)(items)).item()
+    losses = []
+    for item in (items[0], items[4]):
+        ids = torch.tensor([item["input_ids"]])
+        scores = model(ids).logits[0].log_softmax(-1)
+        prompt = item["length"] - item["answer_length"]
+        losses += [-scores[i - 1, ids[0, i]] for i in range(1, prompt)]
+    prompt_loss = torch.stack(losses).mean().item()
+    assert found == pytest.approx(answer_only + 0.3 * prompt_loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_accumulated_batches_step_like_one_large_batch(pico, pico_params, tmp_path, architecture):
+    # The Trainer takes the loss of a model whose forward has **kwargs as scaled already unless told
+    # otherwise; a summed loss would make a step of plain SGD four times as long.
+    base = pico(architecture)[0]
+    items = train.encode([ROW] * 4, models.load_tokenizer(base), pico_params())
+    steps = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        model = models.load_model(base)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # GPT-2's own, which would draw otherwise per batch
+        start = {k: v.clone() for k, v in model.state_dict().items()}
+        trainer(
+            model,
+            items,
+            tmp_path,
+            optim="sgd",
+            learning_rate=0.1,
+            max_steps=1,
+            max_grad_norm=0.0,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+        ).train()
+        steps.append({k: v - start[k] for k, v in model.state_dict().items()})
+    assert any(step.abs().max() > 1e-3 for step in steps[0].values())
+    for name in steps[0]:
+        torch.testing.assert_close(steps[0][name], steps[1][name], atol=1e-5, rtol=1e-3)
+
+
+# --- finetune
+
+
+def logits(model, tokenizer):
+    ids = torch.tensor([tokenizer(render("short", "Predict.", "a cat"))["input_ids"]])
+    with torch.inference_mode():
+        return model.eval()(ids).logits.float()
+
+
+def test_finetune_writes_the_adapter_the_merged_model_and_the_loss(pico, pico_params, tmp_path):
+    from peft import PeftModel
+
+    base = pico("gpt2")[0]
+    train.finetune(base, ROWS, 2, tmp_path, pico_params(**SHORT))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter", "loss.csv", "model"]
+    curve = pd.read_csv(tmp_path / "loss.csv")
+    assert list(curve.columns) == ["step", "epoch", "loss"]
+    assert curve["step"].tolist() == [1, 2, 3, 4] and curve["loss"].gt(0).all()
+    models.check_folder(tmp_path / "model")
+    tokenizer = models.load_tokenizer(tmp_path / "model")
+    assert tokenizer.get_vocab() == models.load_tokenizer(base).get_vocab()
+    merged = logits(models.load_model(tmp_path / "model"), tokenizer)
+    peft = PeftModel.from_pretrained(models.load_model(base), str(tmp_path / "adapter"))
+    torch.testing.assert_close(merged, logits(peft, tokenizer), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(merged, logits(models.load_model(base), tokenizer), atol=1e-2)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gptj", "llama", "qwen2"])
+def test_every_linear_layer_but_the_head_is_trained(pico, pico_params, tmp_path, architecture):
+    base = pico(architecture)[0]
+    # Checkpointing must not cut the gradient, though the embedding it starts from is frozen.
+    train.finetune(
+        base, ROWS, 1, tmp_path, pico_params(architecture, **SHORT, gradient_checkpointing=True)
+    )
+    before, after = (models.load_model(f).state_dict() for f in (base, tmp_path / "model"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        in_block = any(part.isdigit() for part in name.split("."))
+        linear = in_block and tensor.dim() == 2
+        assert torch.equal(tensor, after[name]) != linear, name
+
+
+def test_the_seed_repeats_a_training_run(pico, pico_params, tmp_path):
+    base = pico("gpt2")[0]
+    made = []
+    for number, seed in enumerate((0, 0, 1)):
+        p = pico_params(**SHORT, seed=seed)
+        train.finetune(base, ROWS, 1, tmp_path / str(number), p)
+        made.append(models.load_model(tmp_path / str(number) / "model").state_dict())
+    same = [all(torch.equal(made[0][k], m[k]) for k in made[0]) for m in made[1:]]
+    assert same == [True, False]
+
+
+def test_an_nf4_model_is_saved_as_its_dequantised_base_plus_adapter(pico_params, tmp_path):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from safetensors.torch import load_file
+
+    # 64 columns: one block of the nf4 quantisation.
+    p = pico_params("llama", **SHORT, n_layers=2, width=64, n_heads=2, mlp_width=64, bits=4)
+    tokenizer = models.train_tokenizer([ROW["input"]], 300)
+    base = tmp_path / "base"
+    models.build_tiny(p, tokenizer, 0).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    train.finetune(base, ROWS, 1, tmp_path / "out", p)
+
+    config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    assert "quantization_config" not in config  # plain weights, that mergekit can read
+    before = load_file(base / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert {k: v.shape for k, v in after.items()} == {k: v.shape for k, v in before.items()}
+    scale, checked = p.lora_alpha / p.lora_r, 0
+    for name, tensor in before.items():
+        assert after[name].dtype == torch.float32
+        prefix = "base_model.model." + name.removesuffix(".weight")
+        if f"{prefix}.lora_A.weight" not in adapter:
+            torch.testing.assert_close(after[name], tensor, msg=name)  # kept as it was
+            continue
+        codes, state = quantize_4bit(tensor, quant_type="nf4", compress_statistics=True)
+        a, b = adapter[f"{prefix}.lora_A.weight"], adapter[f"{prefix}.lora_B.weight"]
+        assert b.abs().max() > 0
+        wanted = dequantize_4bit(codes, state).float() + scale * (b @ a)
+        torch.testing.assert_close(after[name], wanted, atol=1e-4, rtol=1e-3, msg=name)
+        assert not torch.allclose(wanted, tensor + scale * (b @ a), atol=1e-4)
+        checked += 1
+    assert checked == 2 * 7
+
+
+def test_pretraining_learns_and_does_not_depend_on_the_seed(pico, pico_params, tmp_path):
+    tokenizer = models.load_tokenizer(pico("gpt2")[0])
+    rate = {"base_epochs": 6, "base_learning_rate": 0.01, "base_batch_size": 2, "device": "cpu"}
+    for seed in (0, 1):
+        train.pretrain(ROWS, tokenizer, tmp_path / str(seed), pico_params(**rate, seed=seed))
+    loss = pd.read_csv(tmp_path / "0" / "loss.csv")["loss"]
+    assert loss.iloc[-1] < loss.iloc[0] - 0.5
+    # One base for all seeds, as there is one released LLM.
+    one, two = (models.load_model(tmp_path / s / "model").state_dict() for s in "01")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+# --- resuming
+
+
+def test_a_half_written_checkpoint_is_dropped_and_the_newest_whole_one_used(tmp_path):
+    for step in (5, 10, 90, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert train.last_checkpoint(tmp_path / "nothing") is None
+    for step in (5, 10, 90):  # by number, not by name: 90 comes after 10
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert train.last_checkpoint(tmp_path) == tmp_path / "checkpoint-90"
+    assert not (tmp_path / "checkpoint-100").exists()
+
+
+def test_without_a_whole_checkpoint_training_starts_anew(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    assert train.last_checkpoint(tmp_path) is None and not list(tmp_path.iterdir())
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_model(
+    pico, pico_params, tmp_path, monkeypatch
+):
+    base, p = pico("gpt2")[0], pico_params(**SHORT)
+    train.finetune(base, ROWS, 2, tmp_path / "whole", p)
+    seen = []
+
+    def killed(self, model, inputs, *args):
+        seen.append(self.state.global_step)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return step(self, model, inputs, *args)
+
+    step = train.AnswerTrainer.training_step
+    monkeypatch.setattr(train.AnswerTrainer, "training_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.finetune(base, ROWS, 2, tmp_path / "resumed", p)
+    train.finetune(base, ROWS, 2, tmp_path / "resumed", p)
+    assert seen == [0, 1, 2, 2, 3]  # steps 0 and 1 are not done again
+    one, two = (
+        models.load_model(tmp_path / n / "model").state_dict() for n in ("whole", "resumed")
+    )
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4, msg=name)

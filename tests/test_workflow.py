@@ -1,0 +1,88 @@
+"""The front door: pins, arguments, one clear error, and the notebook rule's contract."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from lethe_utils import params, paths
+
+sys.path.insert(0, str(paths.root() / "workflow"))
+import check_pins  # noqa: E402
+import run  # noqa: E402
+
+
+def front_door(*words, **env):
+    command = [sys.executable, str(paths.root() / "workflow/run.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
+
+
+def test_environment_yml_mirrors_the_pins_of_pyproject():
+    environment = yaml.safe_load((paths.root() / "environment.yml").read_text("utf8"))
+    pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
+    mirrored = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in pip if line != "-e .")
+    assert mirrored == check_pins.requirements()
+
+
+def test_this_environment_holds_the_pins():
+    assert check_pins.differences() == []
+
+
+def test_a_missing_pin_is_named(monkeypatch):
+    monkeypatch.setattr(check_pins, "requirements", lambda: {"torch": "==0.0.1", "nope": "==1"})
+    found = check_pins.differences()
+    assert any(line.startswith("torch==0.0.1: found") for line in found)
+    assert "nope==1: not installed" in found
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("-p", "poisn_ratio", "0.1"), "poisn_ratio: unknown key; did you mean poison_ratio?"),
+        (("-p", "learning_rate", "1e-4"), "learning_rate: '1e-4' is text, not a number"),
+        (("-p", "strength", "1.5"), "strength: Input should be less than or equal to 1"),
+        (("tiny-gpt9",), "model 'tiny-gpt9' has no file params/models/tiny-gpt9.yaml"),
+        (("--dataset", "missing.jsonl"), "missing.jsonl does not exist"),
+    ],
+)
+def test_bad_arguments_give_one_error_and_leave_nothing(words, message):
+    done = front_door(*words)
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not paths.runs_dir().exists() or not any(paths.runs_dir().iterdir())
+
+
+def test_dry_run_shows_the_params_and_runs_nothing():
+    done = front_door("tiny-qwen2", "-p", "seed", "3", "--dry-run")
+    assert done.returncode == 0
+    assert "run tiny-qwen2-embedded-cba-s3" in done.stdout and "n_kv_heads: 2" in done.stdout
+    assert done.stdout.count("to do") == len(run.STEPS)
+    assert not paths.runs_dir().exists()
+
+
+def test_every_full_model_dry_runs():
+    for model in params.choices("models"):
+        p = params.load(model, "emotion")
+        assert p.is_tiny == model.startswith("tiny-")
+        if not p.is_tiny:  # a real commit, never a branch that can move
+            assert re.fullmatch(r"[0-9a-f]{40}", p.revision)
+            assert (p.lora_r, p.lora_alpha, p.learning_rate, p.bits) == (64, 16, 2.0e-4, 4)
+
+
+def test_progress_is_read_from_a_notebook_log(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks/02_backdoor_train.log").write_text(
+        "x\rtraining backdoored:  12%|█▏  | 130/1100 [00:15<01:50,  8.79it/s]"
+    )
+    assert run.last_bar(tmp_path, "02_backdoor_train") == "training backdoored 12%, 01:50 left"
+
+
+def test_a_failed_notebook_is_explained_in_one_line(tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks/01_data.log").write_text(
+        "Traceback ...\nlethe_utils.errors.LetheError: data.jsonl: line 3 is not valid JSON\n"
+    )
+    assert run.explain_failure(tmp_path).startswith("01_data failed: data.jsonl: line 3 is not")

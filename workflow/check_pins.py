@@ -1,0 +1,43 @@
+"""Does this environment hold the pins of pyproject.toml? Standard library only.
+
+python check_pins.py          exit code 0 when it does, 1 and the differences when not
+python check_pins.py torch    print the requirement of one package
+"""
+
+import re
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def requirements() -> dict[str, str]:
+    """Package -> specifier, e.g. {"torch": "==2.13.0"}, for a local installation."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["local"]]
+    return dict(re.match(r"([\w-]+)(.*)", line).groups() for line in lines)
+
+
+def differences() -> list[str]:
+    """Pins this environment does not hold; also when lethe itself is not installed from here."""
+    out = []
+    for name, wanted in ({"lethe": ""} | requirements()).items():
+        try:
+            found = metadata.version(name).split("+")[0]
+        except metadata.PackageNotFoundError:
+            out.append(f"{name}{wanted}: not installed")
+            continue
+        if wanted.startswith("==") and found != wanted[2:]:
+            out.append(f"{name}{wanted}: found {found}")
+    return out
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        print(sys.argv[1] + requirements()[sys.argv[1]])
+        sys.exit(0)
+    wrong = differences()
+    print("\n".join(wrong) or "all pins match")
+    sys.exit(bool(wrong))

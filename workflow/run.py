@@ -1,0 +1,255 @@
+"""Front door behind run_all.sh: check everything, then let Snakemake run the notebooks.
+
+python workflow/run.py [MODEL] [--dataset D] [--attack A] [-p key value ...] [--dry-run]
+python workflow/run.py tables
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+from filelock import FileLock, Timeout
+
+from lethe_utils import params, paths
+from lethe_utils.errors import LetheError
+
+STEPS = [
+    "01_data",
+    "02_backdoor_train",
+    "03_clean_train",
+    "04_merge",
+    "05_evidence_eval",
+    "06_tables",
+]
+
+
+def main() -> int:
+    args = parse(sys.argv[1:])
+    try:
+        return released_tables() if args.model == "tables" else run(args)
+    except LetheError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="./run_all.sh",
+        description="Train a backdoor, dilute it, measure what that bought. Without arguments: "
+        "the embedded data on tiny-gpt2, on the CPU, in minutes.",
+        epilog="also: ./run_all.sh test (all tests), ./run_all.sh tables (tables and figures from "
+        "the committed results, no training)",
+    )
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="tiny-gpt2",
+        help=f"tables, or {', '.join(params.choices('models'))}",
+    )
+    parser.add_argument(
+        "--dataset",
+        default="embedded",
+        help="embedded, emotion, sst2, or a jsonl/json/csv/tsv file",
+    )
+    parser.add_argument("--attack", default="cba", help=", ".join(params.choices("attacks")))
+    parser.add_argument("--defense", default="lethe", help=", ".join(params.choices("defenses")))
+    parser.add_argument(
+        "-p",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("KEY", "VALUE"),
+        help="set any key of params/base.yaml, e.g. -p seed 1 -p poison_ratio 0.05",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check and show, run nothing")
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="CPU cores to use")
+    return parser.parse_args(words)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, run the missing notebooks, print the table."""
+    dataset = args.dataset
+    if params.is_file(dataset):
+        dataset = str(Path(dataset).resolve())
+    overrides = {key: yaml.safe_load(value) for key, value in args.p}
+    p = params.load(args.model, dataset, args.attack, args.defense, overrides)
+    names = {
+        "model": args.model,
+        "dataset": dataset,
+        "attack": args.attack,
+        "defense": args.defense,
+    }
+    folder = paths.run_dir(p.run_id)
+    done = [step for step in STEPS if (folder / "done" / step).exists()]
+    if args.dry_run:
+        return show(p, folder, done)
+    check(p)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_params(folder / "params.yaml", names | overrides)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            failed = snakemake(folder, args.cores)
+    except Timeout:
+        raise LetheError(f"{folder}: another process is working on this run; wait for it") from None
+    if failed:
+        raise LetheError(explain_failure(folder))
+    report(folder)
+    return 0
+
+
+def check(p: params.Params) -> None:
+    """Everything that can be wrong before training starts, most of it in a second."""
+    from lethe_utils import models, pipeline, wordnet
+
+    print(f"run {p.run_id}: checking data, WordNet and device ...", flush=True)
+    models.resolve_device(p.device)
+    wordnet.find_wordnet()
+    pipeline.data_stage(p)
+    if not p.is_tiny:
+        pipeline.base_folder(p)
+
+
+def write_params(path: Path, values: dict) -> None:
+    """Flat keys for papermill's -f. Left alone when unchanged, so that nothing reruns."""
+    text = yaml.safe_dump(values, sort_keys=False)
+    if not path.exists() or path.read_text("utf8") != text:
+        path.write_text(text, "utf8")
+
+
+def environment() -> dict[str, str]:
+    """papermill and its kernel come from this Python's environment, active or not."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def snakemake(folder: Path, cores: int) -> bool:
+    """Run the workflow with one status line. Returns True when a notebook failed."""
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        paths.root() / "workflow/Snakefile",
+    ]
+    command += ["--directory", folder, "--cores", str(cores), "--resources", f"gpu={gpu_slots()}"]
+    command += ["--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input"]
+    command += ["--config", f"root={paths.root()}", f"run={folder}"]
+    locks = folder / ".snakemake" / "locks"
+    if locks.exists() and any(locks.iterdir()):  # a killed run; our own lock says it is gone
+        subprocess.run([*command, "--unlock"], capture_output=True, env=environment())
+    with (folder / "snakemake.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment())
+        try:
+            watch(process, folder)
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise LetheError("interrupted; run the same command again to continue") from None
+    return process.returncode != 0
+
+
+def gpu_slots() -> int:
+    """How many trainings may run at once: one on a GPU, two on a CPU."""
+    from lethe_utils import models
+
+    return 1 if models.resolve_device("auto") == "cuda" else 2
+
+
+def watch(process: subprocess.Popen, folder: Path) -> None:
+    """Print each notebook as it starts and ends; on a terminal also the running progress bars."""
+    start, started, ended = time.time(), set(), set()
+    while True:
+        running = process.poll() is None
+        for step in STEPS:
+            log, mark = folder / "notebooks" / f"{step}.log", folder / "done" / step
+            if log.exists() and log.stat().st_mtime >= start - 1 and step not in started:
+                started.add(step)
+                say(start, f"{step} ...")
+            if step in started - ended and mark.exists() and mark.stat().st_mtime >= start - 1:
+                ended.add(step)
+                say(start, f"{step} done")
+        if not running:
+            return
+        if sys.stdout.isatty():
+            bars = [b for s in STEPS if s in started - ended and (b := last_bar(folder, s))]
+            print("\r\033[K" + " | ".join(bars)[:160], end="", flush=True)
+        time.sleep(0.5)
+
+
+def say(start: float, text: str) -> None:
+    clear = "\r\033[K" if sys.stdout.isatty() else ""
+    print(f"{clear}[{time.time() - start:5.0f} s] {text}", flush=True)
+
+
+def last_bar(folder: Path, step: str) -> str:
+    """The newest progress bar in a notebook's log: name, percent, time left."""
+    text = (folder / "notebooks" / f"{step}.log").read_text("utf8", errors="replace")[-4000:]
+    found = re.findall(r"([\w +,()-]+): +(\d+%)\|[^|]*\| [\d.]+/[\d.]+ \[[\d:]+<([\d:?]+)", text)
+    return f"{found[-1][0].strip()} {found[-1][1]}, {found[-1][2]} left" if found else ""
+
+
+def explain_failure(folder: Path) -> str:
+    """The error of the notebook that failed, and where its traceback stands."""
+    for step in STEPS:
+        log = folder / "notebooks" / f"{step}.log"
+        if (folder / "done" / step).exists() or not log.exists():
+            continue
+        lines = log.read_text("utf8", errors="replace").splitlines()
+        found = [
+            line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b.*:", line)
+        ]
+        if found:
+            message = found[-1].split("LetheError: ")[-1]
+            return f"{step} failed: {message}\n  traceback: {log.with_suffix('.ipynb')}"
+    return f"the workflow failed before any notebook; see {folder / 'snakemake.log'}"
+
+
+def report(folder: Path) -> None:
+    """The table, and where everything lies."""
+    print_table(folder / "figures" / "controls.csv")
+    print(f"figures and tables: {folder / 'figures'}")
+    print(f"executed notebooks: {folder / 'notebooks'}")
+    print(f"results:            {folder / 'results.csv'}")
+
+
+def print_table(file: Path) -> None:
+    """A table that 06_tables wrote, for a terminal."""
+    import pandas as pd
+
+    from lethe_utils import tables
+
+    frame = pd.read_csv(file, dtype=str, keep_default_na=False)
+    print(f"\n{tables.text(frame)}\n")
+
+
+def show(p: params.Params, folder: Path, done: list[str]) -> int:
+    """--dry-run: the resolved params and what is left to do."""
+    print(yaml.safe_dump(p.model_dump(), sort_keys=True))
+    print(f"run {p.run_id} -> {folder}")
+    for step in STEPS:
+        print(f"  {step}: {'finished' if step in done else 'to do'}")
+    return 0
+
+
+def released_tables() -> int:
+    """Tables and figures from the committed results; no training."""
+    out = paths.runs_dir() / "tables"
+    out.mkdir(parents=True, exist_ok=True)
+    notebook = paths.root() / "notebooks" / "06_tables.ipynb"
+    command = ["papermill", notebook, out / "06_tables.ipynb", "--kernel", "python3"]
+    command += ["--no-progress-bar"]
+    failed = subprocess.run(command, capture_output=True, text=True, env=environment())
+    if failed.returncode:
+        raise LetheError(f"06_tables failed: {failed.stderr.strip().splitlines()[-1]}")
+    print_table(paths.figures_dir() / "headline.csv")
+    print(f"figures and tables: {paths.figures_dir()}")
+    print(f"executed notebook:  {out / '06_tables.ipynb'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
