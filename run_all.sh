@@ -7,7 +7,7 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 export LETHE_ROOT="$root" TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
-export PYTHONWARNINGS=ignore BITSANDBYTES_NOWELCOME=1
+export PYTHONWARNINGS=ignore
 
 python=""
 for candidate in python python3 python3.13 python3.12 python3.11; do

@@ -4,6 +4,7 @@ Every model is untrusted input: safetensors only, never remote code, never a pic
 """
 
 import json
+import logging
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,16 @@ def resolve_device(device: str) -> str:
     return "cuda" if available and device != "cpu" else "cpu"
 
 
+def quiet() -> None:
+    """Silence what drowns the progress bars that matter: a bar for each model loaded or saved, and
+    the optional kernels that bitsandbytes did not find."""
+    from transformers.utils import logging as transformers_logging
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer, padding on the left so that every answer starts in the same column."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -141,10 +152,8 @@ def load_model(folder: Path, device: str = "cpu", bits: int = 32) -> "PreTrained
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()  # a bar per loaded model drowns the ones that matter
+    quiet()
     check_folder(folder)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     extra: dict[str, Any] = {}

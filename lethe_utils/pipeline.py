@@ -24,6 +24,7 @@ from lethe_utils.prompts import render
 from lethe_utils.stages import read_jsonl, read_record, stage, write_jsonl
 
 Row = dict[str, str]
+SPLITS = ("pretrain", "train", "validation", "test")  # pretrain: for a tiny base only
 SWEEP_METHOD = "slerp"  # the paper's default; keyword and clean-ratio sweeps use it
 
 
@@ -48,8 +49,9 @@ def split(p: Params, name: str) -> list[Row]:
 
 
 def splits(p: Params) -> dict[str, list[Row]]:
-    """All splits: (pretrain,) train, validation, test."""
-    return {f.stem: read_jsonl(f) for f in sorted(data_stage(p).glob("*.jsonl"))}
+    """All splits of the run, in the order of SPLITS."""
+    files = [data_stage(p) / f"{name}.jsonl" for name in SPLITS]
+    return {f.stem: read_jsonl(f) for f in files if f.exists()}
 
 
 def prompt(p: Params, row: Row, n_keywords: int = 0) -> str:

@@ -163,6 +163,7 @@ def fit(
     Returns:
         the loss curve: step, epoch, loss (nats per answer token, plus the weighted prompt loss).
     """
+    models.quiet()
     items = encode(rows, tokenizer, p)
     device = models.resolve_device(p.device)
     settings: dict[str, Any] = {
