@@ -38,6 +38,20 @@ def test_a_missing_pin_is_named(monkeypatch):
     assert "nope==1: not installed" in found
 
 
+def test_lethe_from_another_checkout_is_named(monkeypatch, tmp_path):
+    assert check_pins.lethe_source() == check_pins.ROOT
+    monkeypatch.setattr(check_pins, "ROOT", tmp_path)
+    monkeypatch.setattr(check_pins, "requirements", dict)
+    assert check_pins.differences() == [f"lethe: not installed from {tmp_path}"]
+
+
+def test_colab_keeps_its_own_torch_and_numpy():
+    # Its install cell takes the plain dependencies; whatever moves these two kills a live session.
+    project = check_pins.tomllib.loads((paths.root() / "pyproject.toml").read_text("utf8"))
+    plain = " ".join(project["project"]["dependencies"])
+    assert not re.search(r"\b(torch|numpy)\b", plain)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -4,11 +4,13 @@ python check_pins.py          exit code 0 when it does, 1 and the differences wh
 python check_pins.py torch    print the requirement of one package
 """
 
+import json
 import re
 import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,10 +22,18 @@ def requirements() -> dict[str, str]:
     return dict(re.match(r"([\w-]+)(.*)", line).groups() for line in lines)
 
 
+def lethe_source() -> Path | None:
+    """The checkout that `pip install -e` took lethe from; another one's code must not run here."""
+    # Building leaves an egg-info in the checkout that looks like another installation.
+    records = (d.read_text("direct_url.json") for d in metadata.distributions(name="lethe"))
+    urls = [json.loads(record)["url"] for record in records if record]
+    return Path(unquote(urlparse(urls[0]).path)) if urls else None
+
+
 def differences() -> list[str]:
-    """Pins this environment does not hold; also when lethe itself is not installed from here."""
-    out = []
-    for name, wanted in ({"lethe": ""} | requirements()).items():
+    """What this environment lacks: lethe installed from this checkout, and every pin."""
+    out = [] if lethe_source() == ROOT else [f"lethe: not installed from {ROOT}"]
+    for name, wanted in requirements().items():
         try:
             found = metadata.version(name).split("+")[0]
         except metadata.PackageNotFoundError:
