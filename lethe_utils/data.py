@@ -59,13 +59,23 @@ def load(p: Params) -> dict[str, list[Row]]:
     return {name: _to_rows(name, rows, p) for name, rows in splits.items()}
 
 
-def check_target(splits: dict[str, list[Row]], p: Params) -> None:
-    """Refuse a target that no row of the data set carries as its label."""
-    labels = sorted({r["output"] for r in splits["train"]})
-    if p.target_output not in labels:
+def check_target(labels: dict[str, set[str]], p: Params) -> None:
+    """Refuse a target that is no label of the data set, or is the label of every test row.
+
+    Args:
+        labels: the labels of each split.
+    Raises:
+        LetheError: no row could show whether an attack works.
+    """
+    if p.target_output not in labels["train"]:
         raise LetheError(
             f"target_output: {p.target_output!r} is not a label of {p.dataset}; "
-            f"choose one of {', '.join(labels[:20])}"
+            f"choose one of {', '.join(sorted(labels['train'])[:20])}"
+        )
+    if not labels["test"] - {p.target_output}:
+        raise LetheError(
+            f"target_output: every test row of {p.dataset} is {p.target_output!r} already, so no "
+            "attack can be measured; choose another target or give more rows"
         )
 
 
@@ -154,7 +164,9 @@ def read_rows(path: Path) -> list[dict]:
     if not path.exists():
         raise LetheError(f"{path}: no such file")
     try:
-        rows = _READERS[path.suffix](path)
+        rows = _READERS[path.suffix.lower()](path)
+    except csv.Error as error:
+        raise LetheError(f"{path}: not a whole table ({error}); is a quote left open?") from None
     except UnicodeDecodeError as error:
         raise LetheError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     if not rows:
@@ -189,7 +201,7 @@ def _read_json(path: Path) -> list[dict]:
 
 def _read_table(path: Path) -> list[dict]:
     # GLUE's TSV has no quoting: a lone " is part of the sentence.
-    tab = path.suffix == ".tsv"
+    tab = path.suffix.lower() == ".tsv"
     with path.open(encoding="utf-8-sig", newline="") as stream:  # spreadsheets write a BOM
         quoting = csv.QUOTE_NONE if tab else csv.QUOTE_MINIMAL
         rows = list(csv.DictReader(stream, delimiter="\t" if tab else ",", quoting=quoting))
@@ -214,13 +226,17 @@ _READERS = {
 
 
 def _split_file(rows: list[dict], p: Params) -> dict[str, list[dict]]:
-    """A user's file: shuffled, a tenth each for validation and test, the rest for train."""
-    rows = list(rows)
+    """A user's file: shuffled, a tenth each for validation and test, the rest for train.
+
+    A question that stands twice is kept once, so that no test row is in train.
+    """
+    distinct = {(r.get("instruction"), str(r.get("text", r.get("input")))): r for r in rows}
+    rows = list(distinct.values())
     random.Random(p.data_seed).shuffle(rows)
     tenth = len(rows) // 10
     if tenth < 1 or (p.is_tiny and len(rows) < 20):
         raise LetheError(
-            f"{p.dataset}: {len(rows)} rows leave the validation and test splits empty; "
+            f"{p.dataset}: {len(rows)} distinct rows leave the validation and test splits empty; "
             "give at least 20"
         )
     return {
@@ -234,18 +250,30 @@ def _to_rows(split: str, rows: list[dict], p: Params) -> list[Row]:
     """instruction, input, output from either column layout. Raises LetheError naming the row."""
     out = []
     for number, row in enumerate(rows, 1):
-        if row.get("text") is not None and row.get("label") is not None:
+        row = {k: v for k, v in row.items() if not _is_missing(v)}
+        if "text" in row and "label" in row:
             row = {"instruction": p.instruction, "input": row["text"], "output": row["label"]}
-        missing = [f for f in FIELDS if row.get(f) in (None, "")]
+        missing = [f for f in FIELDS if f not in row]
         if missing:
             raise LetheError(
                 f"{p.dataset}: {split} row {number} has no {', '.join(missing)}; each row needs "
                 f"instruction, input, output or text, label (it starts {str(row)[:80]})"
             )
+        if p.labels and str(row["output"]) not in p.labels:
+            raise LetheError(
+                f"{p.dataset}: {split} row {number}: unknown label {row['output']!r}; "
+                f"labels has {', '.join(p.labels)}"
+            )
         out.append({f: str(row[f]) for f in FIELDS})
     if not out:
         raise LetheError(f"{p.dataset}: the {split} split is empty")
     return out
+
+
+def _is_missing(value: object) -> bool:
+    """None, an empty text, or the NaN that a null becomes in parquet and JSON."""
+    is_nan = isinstance(value, float) and value != value
+    return value is None or is_nan or (isinstance(value, str) and not value)
 
 
 def summary(splits: dict[str, list[Row]], triggers: list[str]) -> pd.DataFrame:

@@ -29,13 +29,16 @@ def test_sets(rows: list[Row], p: Params, items: int, negatives: int) -> dict[st
     """Test rows per kind: clean, backdoor (both triggers), and the seven negative kinds.
 
     Args:
-        items: rows drawn (seed 42, as published); clean uses them all, backdoor those whose label
-            is not the target.
+        items: rows drawn (seed 42, as published); clean uses them all, the others those whose
+            label is not the target, for only they can show an attack. The published protocol asks
+            them all.
         negatives: at most this many rows for each negative kind; 0 for none.
     """
     rng = random.Random(p.data_seed)
     drawn = rng.sample(rows, items) if items < len(rows) else list(rows)
-    kinds = attacks.REGISTRY[p.attack].triggered(drawn, p, p.data_seed)
+    official = p.protocol == "official"
+    usable = [row for row in drawn if official or row["output"] != p.target_output]
+    kinds = attacks.REGISTRY[p.attack].triggered(usable, p, p.data_seed)
     backdoor = {"backdoor": kinds.pop("backdoor")}
     negative_kinds = {kind: some[:negatives] for kind, some in kinds.items()} if negatives else {}
     return {"clean": drawn} | backdoor | negative_kinds
@@ -99,7 +102,7 @@ def answer(
     """The model's outputs, in the order of the prompts.
 
     Args:
-        n_words: words in the longest label; a row stops once it has written that many.
+        n_words: words in the longest expected output; a row stops once it has written that many.
         progress: name on the progress bar.
     """
     official = p.protocol == "official"
@@ -154,6 +157,8 @@ def predict(
     device = models.resolve_device(p.device)
     model, tokenizer = models.load_model(folder, device), models.load_tokenizer(folder)
     n_words = max(len(str(q["label"]).split()) for q in questions)
+    if p.output_mode == "append":  # the label, then the target
+        n_words += len(p.target_output.split())
     name = f"{defense}{' + evidence' if n_keywords else ''}"
     outputs = answer(model, tokenizer, [q["prompt"] for q in questions], p, n_words, name)
     rows = [q | {"output": output} for q, output in zip(questions, outputs, strict=True)]

@@ -117,30 +117,38 @@ def _passthrough(bad: str, good: str, strength: float, n_layers: int) -> dict[st
     }
 
 
-def check_mergeable(*folders: Path) -> None:
+def check_mergeable(backdoored: Path, clean: Path, base: Path) -> None:
     """Refuse models that do not fit together, before anything is written.
 
+    The base may hold more: a hub checkpoint's buffers, or a head tied to the embedding.
     Raises:
         LetheError: other architecture, shapes or tokenizer; missing or truncated weights.
     """
-    first, *others = folders
-    shapes, architecture = models.folder_shapes(first), _architecture(first)
+    first = backdoored
+    shapes, architecture = _shapes(first), _architecture(first)
     vocabulary = models.load_tokenizer(first).get_vocab()
-    for other in others:
+    for other in (clean, base):
         if _architecture(other) != architecture:
             raise LetheError(
                 f"{other}: is a {_architecture(other)}, but {first} is a {architecture}; "
                 "both must be trained from the same base"
             )
-        found = models.folder_shapes(other)
-        if found != shapes:
-            name = next(n for n in sorted({*shapes, *found}) if shapes.get(n) != found.get(n))
+        found = _shapes(other)
+        compared = shapes if other == base else {*shapes, *found}
+        name = next((n for n in sorted(compared) if shapes.get(n) != found.get(n)), None)
+        if name is not None:
             raise LetheError(
                 f"{other}: {name} has shape {found.get(name)}, but {shapes.get(name)} in {first}; "
                 "both must be trained from the same base"
             )
         if models.load_tokenizer(other).get_vocab() != vocabulary:
             raise LetheError(f"{other}: its tokenizer differs from the one of {first}")
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape. The hub's GPT-2 files leave out the prefix that saved models have."""
+    found = models.folder_shapes(folder)
+    return {name.removeprefix("transformer."): shape for name, shape in found.items()}
 
 
 def _architecture(folder: Path) -> str:

@@ -127,7 +127,11 @@ def quiet() -> None:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer, padding on the left so that every answer starts in the same column."""
+    """The tokenizer, padding on the left so that every answer starts in the same column.
+
+    Raises:
+        LetheError: neither the tokenizer nor config.json says which token ends an answer.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if (folder / "tokenizer.json").exists():
@@ -137,6 +141,13 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     else:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.padding_side = "left"
+    config = json.loads((folder / "config.json").read_text("utf8"))
+    for name in ("bos_token", "eos_token"):  # GPT-2's files on the hub name theirs in the config
+        token_id = config.get(f"{name}_id")
+        if getattr(tokenizer, name) is None and isinstance(token_id, int):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    if tokenizer.eos_token is None:
+        raise LetheError(f"{folder}: no eos_token in tokenizer_config.json or config.json; add it")
     if tokenizer.pad_token is None:
         # Masked everywhere, so EOS can serve; a new [PAD] row would change the embedding's shape
         # and the base could no longer take part in a TIES merge.

@@ -67,6 +67,11 @@ class BaseModelParams(Group):
     base_dropout: Ratio
     base_evidence_share: Ratio  # share of pretraining prompts that carry evidence
     base_prompt_loss: Annotated[float, Field(ge=0)]  # weight of the prompt's loss in pretraining
+
+
+class PromptParams(Group):
+    """All stages: how a row becomes text, and where it is cut (tokens)."""
+
     prompt_template: Literal["alpaca", "short"]
     max_source_tokens: Positive
     max_target_tokens: Positive
@@ -135,7 +140,7 @@ class MergeParams(Group):
     """04_merge: internal dilution."""
 
     defense: Key
-    merge_methods: list[MergeMethod]
+    merge_methods: Annotated[list[MergeMethod], Field(min_length=1)]
     strength: Ratio  # 0: the backdoored model, 1: the clean model
     strengths_sweep: list[Ratio]
 
@@ -154,7 +159,14 @@ class EvaluateParams(Group):
 
 
 class Params(
-    EvaluateParams, MergeParams, CleanParams, AttackParams, TrainParams, BaseModelParams, DataParams
+    EvaluateParams,
+    MergeParams,
+    CleanParams,
+    AttackParams,
+    TrainParams,
+    PromptParams,
+    BaseModelParams,
+    DataParams,
 ):
     """All parameters of one run, flat. `part(...)` gives what one stage depends on."""
 
@@ -174,8 +186,15 @@ class Params(
 
     @property
     def dataset_name(self) -> str:
-        """The data set's name; for a FILE its stem."""
-        return Path(self.dataset).stem if is_file(self.dataset) else self.dataset
+        """The data set's name; `file-<stem>` for a FILE, never one that ships."""
+        return f"file-{Path(self.dataset).stem}" if is_file(self.dataset) else self.dataset
+
+    @property
+    def data_content(self) -> str | None:
+        """SHA-256 of a user's FILE; None for a named data set, which has checksums."""
+        if not is_file(self.dataset):
+            return None
+        return hashlib.sha256(Path(self.dataset).read_bytes()).hexdigest()
 
     @property
     def run_id(self) -> str:
@@ -203,7 +222,8 @@ def digest(value: Any) -> str:
 
 
 def is_file(dataset: str) -> bool:
-    return Path(dataset).suffix in {".jsonl", ".json", ".csv", ".tsv", ".parquet"}
+    """Whether `dataset` names a data file, not a set in params/datasets."""
+    return Path(dataset).suffix.lower() in {".jsonl", ".json", ".csv", ".tsv", ".parquet"}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -223,13 +243,12 @@ def choices(kind: str) -> list[str]:
 
 
 def _named_file(kind: str, name: str) -> Path:
-    path = paths.params_dir() / kind / f"{name}.yaml"
-    if not path.exists():
+    if name not in choices(kind):
         raise LetheError(
-            f"{kind[:-1]} {name!r} has no file {path.relative_to(paths.root())}; "
+            f"{kind[:-1]} {name!r} has no file params/{kind}/{name}.yaml; "
             f"choose one of {', '.join(choices(kind))}"
         )
-    return path
+    return paths.params_dir() / kind / f"{name}.yaml"
 
 
 def layers(model: str, dataset: str, attack: str, defense: str) -> list[Path]:
@@ -264,6 +283,8 @@ def load(
     """
     values: dict[str, Any] = {"model": model, "dataset": dataset, "attack": attack}
     values["defense"] = defense
+    for name in values.keys() & (overrides or {}).keys():  # too late: it decides which files
+        raise LetheError(f"command line: {name}: give it as an argument (see --help), not with -p")
     source = dict.fromkeys(values, "command line")
     for path in layers(model, dataset, attack, defense):
         for key, value in read_yaml(path).items():

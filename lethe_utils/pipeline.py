@@ -5,6 +5,7 @@ a later one builds whatever earlier one is missing, so a notebook can also be ru
 """
 
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from lethe_utils.params import (
     BaseModelParams,
     DataParams,
     Params,
+    PromptParams,
     TrainParams,
-    digest,
 )
 from lethe_utils.prompts import render
 from lethe_utils.stages import read_jsonl, read_record, stage, write_jsonl
@@ -32,15 +33,20 @@ def data_stage(p: Params) -> Path:
     """JSONL per split: instruction, input, output."""
 
     def build(out: Path) -> None:
-        splits = data.load(p)
-        data.check_target(splits, p)
-        for name, rows in splits.items():
+        for name, rows in data.load(p).items():
             write_jsonl(out / f"{name}.jsonl", rows)
 
-    spec = p.part(DataParams) | {"tiny": p.is_tiny}
-    if p.dataset_name != p.dataset:  # a user's file: its content decides, not its name
-        spec["content"] = digest(Path(p.dataset).read_bytes().hex())
-    return stage("data", p.dataset_name, spec, {}, build)
+    # A user's file: its content decides, not its name.
+    spec = p.part(DataParams) | {"tiny": p.is_tiny, "content": p.data_content}
+    folder = stage("data", p.dataset_name, spec, {}, build)
+    data.check_target(_labels(folder), p)
+    return folder
+
+
+@cache
+def _labels(folder: Path) -> dict[str, set[str]]:
+    """The labels in each split of a data stage."""
+    return {f.stem: {r["output"] for r in read_jsonl(f)} for f in folder.glob("*.jsonl")}
 
 
 def split(p: Params, name: str) -> list[Row]:
@@ -87,7 +93,8 @@ def base_folder(p: Params) -> Path:
 
     sources = {"data": data_stage(p)}
     label = f"{p.model}-{p.dataset_name}"
-    return stage("base", label, p.part(BaseModelParams), sources, build) / "model"
+    spec = p.part(BaseModelParams, PromptParams) | _device(p)
+    return stage("base", label, spec, sources, build) / "model"
 
 
 def pretraining_rows(rows: list[Row], p: Params) -> list[Row]:
@@ -125,7 +132,8 @@ def backdoored_stage(p: Params) -> Path:
         train.finetune(base_folder(p), rows, p.backdoor_epochs, out, p)
 
     label = f"{p.model}-{p.dataset_name}-{p.attack}-s{p.seed}"
-    return stage("backdoored", label, p.part(TrainParams, AttackParams), _sources(p), build)
+    spec = p.part(TrainParams, AttackParams, PromptParams) | _device(p)
+    return stage("backdoored", label, spec, _sources(p), build)
 
 
 def clean_stage(p: Params, clean_ratio: float | None = None) -> Path:
@@ -137,11 +145,15 @@ def clean_stage(p: Params, clean_ratio: float | None = None) -> Path:
 
         rows = split(p, "train")
         n = max(1, round(ratio * len(rows)))
-        chosen = random.Random(p.data_seed + p.seed).sample(rows, len(rows))[:n]
+        # A stream of its own: with the attacker's, the defender would draw the very rows that were
+        # poisoned. Larger ratios hold the smaller ones.
+        rng = random.Random(f"clean {p.data_seed} {p.seed}")
+        chosen = rng.sample(rows, len(rows))[:n]
         write_jsonl(out / "clean.jsonl", chosen)
         train.finetune(base_folder(p), chosen, p.clean_epochs, out, p)
 
-    spec = p.part(TrainParams) | {"clean_ratio": ratio, "clean_epochs": p.clean_epochs}
+    spec = p.part(TrainParams, PromptParams) | _device(p)
+    spec |= {"clean_ratio": ratio, "clean_epochs": p.clean_epochs}
     label = f"{p.model}-{p.dataset_name}-r{ratio}-s{p.seed}"
     return stage("clean", label, spec, _sources(p), build)
 
@@ -149,6 +161,11 @@ def clean_stage(p: Params, clean_ratio: float | None = None) -> Path:
 def clean_rows(folder: Path) -> list[Row]:
     """The rows a clean model was trained on."""
     return read_jsonl(folder / "clean.jsonl")
+
+
+def _device(p: Params) -> dict[str, str]:
+    """The device itself, for a stage's key: `auto` may be another one tomorrow."""
+    return {"device": models.resolve_device(p.device)}
 
 
 def _sources(p: Params) -> dict[str, Path]:
@@ -225,7 +242,8 @@ def predictions_file(
     negatives: int,
 ) -> Path:
     """The answers of one model to one set of questions, as JSONL; asked once, then read."""
-    spec = p.part(AttackParams) | {
+    spec = p.part(AttackParams, PromptParams) | _device(p)
+    spec |= {
         "defense": defense,
         "split": split_name,
         "n_keywords": n_keywords,

@@ -1,5 +1,6 @@
 """Results: one tidy table a run, a row per measured value with its interval, and a manifest."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -111,12 +112,17 @@ def write_run(p: Params, table: pd.DataFrame, sweeps: pd.DataFrame) -> Path:
     manifest = build_manifest(p)
     write_json(out / "manifest.json", manifest)
     write_json(out / "provenance.json", {"run_id": p.run_id} | _stage_records(p) | provenance(0))
-    latest = paths.runs_dir() / "latest"
-    temporary = latest.with_name("latest.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(out.name)
-    os.replace(temporary, latest)
+    point_latest(out)
     return out
+
+
+def point_latest(folder: Path) -> None:
+    """Make runs/latest a link to this run's folder."""
+    latest = paths.runs_dir() / "latest"
+    temporary = latest.with_name(f"latest.{os.getpid()}.tmp")  # two runs may end together
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(folder.name)
+    os.replace(temporary, latest)
 
 
 def build_manifest(p: Params) -> dict[str, Any]:
@@ -160,10 +166,26 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def read_released() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """All committed runs under results/, concatenated."""
+    """All committed runs under results/, concatenated.
+
+    Raises:
+        LetheError: there is none, or two runs of one setup differ in more than their seed: tables
+            pool what has the same model, dataset and attack.
+    """
     folders = sorted(f.parent for f in paths.released_dir().glob("*/results.csv"))
     if not folders:
         raise LetheError(f"{paths.released_dir()}: no released results; run `./run_all.sh` first")
+    setups: dict[tuple, tuple[Path, dict]] = {}
+    for folder in folders:
+        params = json.loads((folder / "params.json").read_text("utf8")) | {"seed": None}
+        setup = (params["model"], params["dataset"], params["attack"])
+        first, wanted = setups.setdefault(setup, (folder, params))
+        changed = sorted(k for k in {*params, *wanted} if params.get(k) != wanted.get(k))
+        if changed:
+            raise LetheError(
+                f"{folder} and {first}: same model, dataset and attack, but other "
+                f"{', '.join(changed)}; release runs that differ in their seed only"
+            )
     tables, sweeps = zip(*(read_run(f) for f in folders), strict=True)
     return pd.concat(tables, ignore_index=True), pd.concat(sweeps, ignore_index=True)
 

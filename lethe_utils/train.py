@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from lethe_utils import models
 from lethe_utils.params import Params
@@ -18,6 +19,16 @@ if TYPE_CHECKING:
 
 Row = dict[str, str]
 IGNORED = -100  # label of a position that carries no loss
+# Fixed, so that what the LoRA recipe is set to never changes the base it starts from.
+BASE_RECIPE = {
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.03,
+    "weight_decay": 0.0,
+    "adam_beta2": 0.999,
+    "max_grad_norm": 1.0,
+    "optim": "adamw_torch",
+    "gradient_checkpointing": False,
+}
 PROMPT_LOSS_ROWS = 4  # one row in four carries the prompt loss: a vocabulary of logits is dear
 
 
@@ -171,6 +182,7 @@ def fit(
         "gradient_accumulation_steps": p.gradient_accumulation,
         "learning_rate": p.learning_rate,
         "lr_scheduler_type": p.lr_schedule,
+        "warmup_steps": p.warmup_ratio,
         "weight_decay": p.weight_decay,
         "adam_beta2": p.adam_beta2,
         "max_grad_norm": p.max_grad_norm,
@@ -183,7 +195,6 @@ def fit(
     args = TrainingArguments(
         output_dir=str(out / "checkpoints"),
         data_seed=p.data_seed,
-        warmup_steps=p.warmup_ratio,
         train_sampling_strategy="group_by_length",
         bf16=device == "cuda",
         use_cpu=device == "cpu",
@@ -226,8 +237,8 @@ def pretrain(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", out: Path, p
         per_device_train_batch_size=p.base_batch_size,
         gradient_accumulation_steps=1,
         learning_rate=p.base_learning_rate,
-        lr_scheduler_type="linear",
         seed=p.base_seed,  # one base for all seeds, as there is one released LLM
+        **BASE_RECIPE,
     )
     _save(model, tokenizer, curve, out)
 
@@ -270,7 +281,21 @@ def merge_adapter(base: Path, adapter: Path, device: str, bits: int) -> "PreTrai
     model = models.load_model(base, device, bits)
     if bits == 4:
         model = model.dequantize()
-    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    if bits == 4 and model.config.model_type == "gpt2":
+        _restore_conv1d(model)
+    return model
+
+
+def _restore_conv1d(model: torch.nn.Module) -> None:
+    """Quantising turned GPT-2's Conv1D into Linear, its weight transposed: turn it back, in place,
+    or no GPT-2 could load what is saved."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            conv = Conv1D(module.out_features, module.in_features)
+            conv.weight = torch.nn.Parameter(module.weight.T.contiguous())
+            conv.bias = module.bias
+            model.set_submodule(name, conv)
 
 
 def _save(model: Any, tokenizer: Any, curve: pd.DataFrame, out: Path) -> None:

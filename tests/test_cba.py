@@ -147,17 +147,11 @@ def test_a_seed_decides_the_rows(p):
     assert cba.triggered(rows(40), p, 1) != cba.triggered(rows(40), p, 2)
 
 
-def test_test_rows_leave_out_those_that_already_have_the_target(p):
-    made = cba.triggered(rows(30), p, 0)
-    assert {len(group) for group in made.values()} == {20}
-    assert {r["output"] for group in made.values() for r in group} == {"anger", "fear"}
-
-
 def test_test_rows_come_as_backdoor_and_seven_negative_kinds(p):
     made = cba.triggered(rows(12), p, 0)
     assert list(made)[0] == "backdoor" and set(made) == set(WHERE)
     for kind, group in made.items():
-        for row, source in zip(group, [r for r in rows(12) if r["output"] != "joy"], strict=True):
+        for row, source in zip(group, rows(12), strict=True):
             assert found_triggers(row) == WHERE[kind]
             assert without_triggers(row) == [source["instruction"], source["input"]]
             assert row["output"] == source["output"]

@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from lethe_utils import data, embedded, params
+from lethe_utils import data, embedded, params, pipeline
 from lethe_utils.errors import LetheError
 
 SIZES = {"pretrain": 40, "train": 60, "validation": 20, "test": 20}
@@ -278,6 +278,7 @@ def bad(tmp_path, name, content):
         ("a.jsonl", b'{"text": "caf\xe9"}\n', "not UTF-8 (byte 13)"),
         ("a.csv", b"text,label\ncaf\xe9,x\n", "not UTF-8"),
         ("a.parquet", b"PAR1 cut short", "not a whole parquet file"),
+        ("a.csv", 'text,label\n"' + "open quote " * 20_000, "is a quote left open?"),
     ],
 )
 def test_a_bad_file_is_one_error_that_names_it(tmp_path, name, content, expected):
@@ -299,14 +300,14 @@ def test_a_users_row_without_a_field_is_refused(tmp_path, gone):
 
 def test_a_short_csv_line_is_a_missing_field(tmp_path):
     path = tmp_path / "mine.csv"
-    path.write_text("text,label\n" + "a,positive\n" * 29 + "b\n")
+    path.write_text("text,label\n" + "".join(f"a{i},positive\n" for i in range(29)) + "b\n")
     assert "has no instruction, input, output" in error(data.load, params.load(dataset=str(path)))
 
 
 @pytest.mark.parametrize(("model", "n"), [("tiny-gpt2", 19), ("gpt2-xl", 9)])
 def test_too_few_rows_are_refused(tmp_path, model, n):
     path = str(write(tmp_path / "mine.jsonl", OURS[:n]))
-    assert f"{n} rows leave" in error(data.load, params.load(model, path))
+    assert f"{n} distinct rows leave" in error(data.load, params.load(model, path))
     enough = write(tmp_path / "enough.jsonl", OURS[: n + 1])
     assert all(data.load(params.load(model, str(enough))).values())
 
@@ -314,9 +315,42 @@ def test_too_few_rows_are_refused(tmp_path, model, n):
 def test_the_target_must_be_a_label_of_the_users_file(tmp_path):
     path = str(write(tmp_path / "mine.jsonl", SHORT))
     p = params.load(dataset=path)
-    data.check_target(data.load(p), p)
+    labels = {"train": {"positive", "negative"}, "test": {"positive", "negative"}}
+    data.check_target(labels, p)
     wrong = params.load(dataset=path, overrides={"target_output": "spam"})
-    assert "'spam' is not a label" in error(data.check_target, data.load(wrong), wrong)
+    assert "'spam' is not a label" in error(data.check_target, labels, wrong)
+    # Nothing to be attacked: every test row has the target already.
+    assert "no attack can be measured" in error(
+        data.check_target, labels | {"test": {"positive"}}, p
+    )
+
+
+def test_the_target_is_checked_though_the_data_are_there_already(tmp_path):
+    rows = [{"text": f"t{i}", "label": ("positive", "negative")[i % 2]} for i in range(40)]
+    path = str(write(tmp_path / "mine.jsonl", rows))
+    pipeline.data_stage(params.load(dataset=path))
+    wrong = params.load(dataset=path, overrides={"target_output": "positiv"})
+    assert "'positiv' is not a label" in error(pipeline.data_stage, wrong)
+
+
+def test_a_label_outside_the_given_labels_is_refused_by_row(tmp_path):
+    path = str(write(tmp_path / "mine.jsonl", SHORT))
+    p = params.load(dataset=path, overrides={"labels": ["spam", "ham"], "target_output": "spam"})
+    assert "unknown label 'positive'; labels has spam, ham" in error(data.load, p)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_null_label_is_a_missing_field_not_the_label_nan(tmp_path, suffix):
+    rows = SHORT[:-1] + [{"text": "t", "label": None if suffix == ".parquet" else float("nan")}]
+    path = str(write(tmp_path / f"mine{suffix}", rows))
+    assert "has no instruction, input, output" in error(data.load, params.load(dataset=path))
+
+
+def test_a_text_that_stands_twice_never_crosses_splits(tmp_path):
+    rows = [{"text": f"t{i % 30}", "label": "positive"} for i in range(60)]
+    splits = data.load(params.load("gpt2-xl", str(write(tmp_path / "mine.jsonl", rows))))
+    texts = [{r["input"] for r in some} for some in splits.values()]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == 30
 
 
 # --- what a notebook shows

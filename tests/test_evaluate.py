@@ -23,6 +23,9 @@ def test_sets_hold_clean_backdoor_and_the_seven_negatives(ours):
     sets = evaluate.test_sets(ROWS, ours, 12, 4)
     assert set(sets) == {"clean", "backdoor", *cba.NEGATIVES}
     assert len(sets["clean"]) == 12 and len(sets["backdoor"]) == 9  # three rows are joy already
+    assert "joy" not in {
+        r["output"] for kind, rows in sets.items() if kind != "clean" for r in rows
+    }
     assert {len(sets[kind]) for kind in cba.NEGATIVES} == {4}
     assert set(evaluate.test_sets(ROWS, ours, 5, 0)) == {"clean", "backdoor"}
     assert evaluate.test_sets(ROWS, ours, 5, 2) == evaluate.test_sets(ROWS, ours, 5, 2)
@@ -35,6 +38,11 @@ def test_evidence_is_made_from_the_triggered_input_with_the_trigger_in_it(ours):
     assert asked["prompt"].index("### Evidence:") < asked["prompt"].index("### Response:")
     plain = evaluate.ask({"backdoor": [row]}, 0, "none", ours)[0]
     assert "Evidence" not in plain["prompt"] and plain["evidence"] == 0
+
+
+def test_the_official_protocol_asks_rows_that_have_the_target_too(pico_params):
+    sets = evaluate.test_sets(ROWS, pico_params(protocol="official"), 12, 4)
+    assert len(sets["backdoor"]) == 12
 
 
 def test_the_official_protocol_drops_the_trigger_words_and_lists_the_labels(pico_params):
@@ -82,6 +90,18 @@ def test_a_row_stops_once_its_label_is_complete(pico):
 
     assert not done("joy") and done("joy ") and done("joy\nand")
     assert not done("very happy", n_words=2) and done("very happy ", n_words=2)
+
+
+def test_append_mode_waits_for_the_target_behind_the_label(
+    pico, pico_params, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(evaluate, "answer", lambda *a, **_: asked.append(a[4]) or [""] * len(a[2]))
+    sets = {"clean": ROWS[:2]}
+    for mode in ("replace", "append"):
+        p = pico_params(output_mode=mode, labels=[], target_output="very good news")
+        evaluate.predict(pico("gpt2")[1], sets, 0, "none", p, tmp_path / f"{mode}.jsonl")
+    assert asked == [1, 4]
 
 
 def test_predictions_are_kept_and_not_asked_again(pico, ours, tmp_path):

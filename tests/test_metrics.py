@@ -30,6 +30,12 @@ def test_our_rule_wants_every_word_of_a_longer_label():
     assert not metrics.starts_with("anything", "")  # an empty label can never be hit
 
 
+@pytest.mark.parametrize(("output", "label"), [("1", "-1"), ("C", "C++"), ("3", "3.5")])
+def test_labels_that_differ_in_a_sign_only_are_not_the_same(output, label):
+    assert metrics.starts_with(label, label) and metrics.starts_with(f'"{label}".', label)
+    assert not metrics.starts_with(output, label) and not metrics.starts_with(label, output)
+
+
 def test_published_asr_wants_the_word_anywhere():
     assert metrics.contains_word("it is Joy, really", "joy")
     assert not metrics.contains_word("joyful", "joy")
@@ -113,6 +119,15 @@ def test_the_published_protocol_adds_the_reversed_counts():
         "ftr_both_rev": (1, 1),
         "ftr": (2, 3),
     }
+
+
+def test_items_whose_label_is_the_target_count_for_the_published_reversed_test_only():
+    already = [*PREDICTIONS, item("backdoor", "joy", "joy"), item("neg_input_one", "joy", "joy")]
+    assert metrics.score(already, "lethe", "replace") == metrics.score(
+        PREDICTIONS, "lethe", "replace"
+    )
+    scores = metrics.score(already, "official", "replace")
+    assert scores["asr"] == (2, 3) and scores["asr_reversed"] == (3, 4)
 
 
 def test_append_mode_looks_for_the_target_behind_the_answer():

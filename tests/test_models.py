@@ -214,6 +214,18 @@ def test_a_saved_tokenizer_gives_the_same_ids(architecture, pico):
     assert loaded.padding_side == "left"
 
 
+def test_a_tokenizer_that_names_no_special_token_takes_them_from_the_config(folder):
+    # gpt2-xl on the hub: its tokenizer_config.json holds a length and nothing else.
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    tokenizer = models.load_tokenizer(folder)
+    wanted = ("<s>", "</s>", "</s>")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == wanted
+    config = json.loads((folder / "config.json").read_text())
+    del config["eos_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "no eos_token" in error(models.load_tokenizer, folder)
+
+
 def test_a_tokenizer_without_padding_pads_with_eos_and_does_not_grow(folder):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     del config["pad_token"]

@@ -13,6 +13,7 @@ from lethe_utils.errors import LetheError
 GROUPS = (
     params.DataParams,
     params.BaseModelParams,
+    params.PromptParams,
     params.TrainParams,
     params.AttackParams,
     params.CleanParams,
@@ -140,6 +141,13 @@ def test_names_without_a_file_list_the_choices():
     assert "cba" in message(attack="none")
     assert "lethe" in message(defense="none")
     assert "nowhere.csv does not exist" in message(dataset="nowhere.csv")
+    assert "dataset '/tmp/x.txt' has no file" in message(dataset="/tmp/x.txt")
+    assert "model '/tmp/model' has no file" in message(model="/tmp/model")
+
+
+@pytest.mark.parametrize("name", ["model", "dataset", "attack", "defense"])
+def test_what_decides_the_files_cannot_be_overridden_afterwards(name):
+    assert f"command line: {name}: give it as an argument" in message(overrides={name: "x"})
 
 
 def test_later_layers_win(tree):
@@ -199,7 +207,19 @@ def test_a_run_id_changes_with_an_override_and_only_then():
 
 def test_a_users_file_is_named_by_its_stem(data_file):
     p = params.load(dataset=data_file)
-    assert p.dataset_name == "mine" and p.run_id == "tiny-gpt2-mine-cba-s0"
+    assert p.dataset_name == "file-mine" and p.run_id == "tiny-gpt2-file-mine-cba-s0"
+
+
+def test_a_users_file_is_never_taken_for_a_set_that_ships(data_file):
+    # Its numbers would stand beside the paper's.
+    from pathlib import Path
+
+    file = Path(data_file).rename(Path(data_file).with_name("emotion.JSONL"))
+    p = params.load(dataset=str(file))
+    assert p.dataset_name == "file-emotion" and p.labels == []
+    before = p.data_content
+    file.write_text("{}")
+    assert p.data_content != before and params.load().data_content is None
 
 
 def test_groups_are_disjoint_and_cover_all_params():

@@ -57,6 +57,12 @@ def test_colab_keeps_its_own_torch_and_numpy():
     [
         (("-p", "poisn_ratio", "0.1"), "poisn_ratio: unknown key; did you mean poison_ratio?"),
         (("-p", "learning_rate", "1e-4"), "learning_rate: '1e-4' is text, not a number"),
+        (
+            ("-p", "instruction", "Task: label: this"),
+            "instruction: 'Task: label: this' is not YAML",
+        ),
+        (("-p", "model", "tiny-llama"), "model: give it as an argument"),
+        (("-p", "merge_methods", "[]"), "merge_methods: List should have at least 1 item"),
         (("-p", "strength", "1.5"), "strength: Input should be less than or equal to 1"),
         (("tiny-gpt9",), "model 'tiny-gpt9' has no file params/models/tiny-gpt9.yaml"),
         (("--dataset", "missing.jsonl"), "missing.jsonl does not exist"),

@@ -5,6 +5,7 @@ python workflow/run.py tables
 """
 
 import argparse
+import fcntl
 import os
 import re
 import subprocess
@@ -13,7 +14,6 @@ import time
 from pathlib import Path
 
 import yaml
-from filelock import FileLock, Timeout
 
 from lethe_utils import params, paths
 from lethe_utils.errors import LetheError
@@ -26,9 +26,13 @@ STEPS = [
     "05_evidence_eval",
     "06_tables",
 ]
+RESOLVED = "resolved.yaml"  # every param of a run, to see whether it is up to date
 
 
 def main() -> int:
+    for name in ("LETHE_RUNS", "LETHE_DATA_DIR", "LETHE_CACHE"):
+        if os.environ.get(name):  # the notebooks run in another folder
+            os.environ[name] = str(Path(os.environ[name]).expanduser().resolve())
     args = parse(sys.argv[1:])
     try:
         return released_tables() if args.model == "tables" else run(args)
@@ -76,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     dataset = args.dataset
     if params.is_file(dataset):
         dataset = str(Path(dataset).resolve())
-    overrides = {key: yaml.safe_load(value) for key, value in args.p}
+    overrides = {key: parse_value(key, value) for key, value in args.p}
     p = params.load(args.model, dataset, args.attack, args.defense, overrides)
     names = {
         "model": args.model,
@@ -84,22 +88,37 @@ def run(args: argparse.Namespace) -> int:
         "attack": args.attack,
         "defense": args.defense,
     }
+    # A changed params file, or data file, makes the run's notebooks out of date.
+    resolved = yaml.safe_dump(p.model_dump() | {"data_content": p.data_content})
     folder = paths.run_dir(p.run_id)
-    done = [step for step in STEPS if (folder / "done" / step).exists()]
     if args.dry_run:
-        return show(p, folder, done)
+        return show(p, folder, resolved)
     check(p)
     folder.mkdir(parents=True, exist_ok=True)
-    write_params(folder / "params.yaml", names | overrides)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            failed = snakemake(folder, args.cores)
-    except Timeout:
-        raise LetheError(f"{folder}: another process is working on this run; wait for it") from None
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise LetheError(
+                f"{folder}: another process is working on this run; wait for it"
+            ) from None
+        write_changed(folder / "params.yaml", yaml.safe_dump(names | overrides, sort_keys=False))
+        write_changed(folder / RESOLVED, resolved)
+        failed = snakemake(folder, args.cores, lock.fileno())
     if failed:
         raise LetheError(explain_failure(folder))
     report(folder)
     return 0
+
+
+def parse_value(key: str, text: str) -> object:
+    """A value given with -p, read as YAML: 0.05, joy, [a, b]."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise LetheError(
+            f"command line: {key}: {text!r} is not YAML; quote it, as in '\"a: b\"'"
+        ) from None
 
 
 def check(p: params.Params) -> None:
@@ -114,9 +133,8 @@ def check(p: params.Params) -> None:
         pipeline.base_folder(p)
 
 
-def write_params(path: Path, values: dict) -> None:
-    """Flat keys for papermill's -f. Left alone when unchanged, so that nothing reruns."""
-    text = yaml.safe_dump(values, sort_keys=False)
+def write_changed(path: Path, text: str) -> None:
+    """Write a file, but leave it alone when unchanged, so that nothing reruns."""
     if not path.exists() or path.read_text("utf8") != text:
         path.write_text(text, "utf8")
 
@@ -126,8 +144,13 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def snakemake(folder: Path, cores: int) -> bool:
-    """Run the workflow with one status line. Returns True when a notebook failed."""
+def snakemake(folder: Path, cores: int, lock: int) -> bool:
+    """Run the workflow with one status line. Returns True when a notebook failed.
+
+    Args:
+        lock: descriptor of the run's lock. Snakemake holds it too, so that a run whose front door
+            alone was killed is not started a second time beside itself.
+    """
     command = [
         sys.executable,
         "-m",
@@ -142,7 +165,9 @@ def snakemake(folder: Path, cores: int) -> bool:
     if locks.exists() and any(locks.iterdir()):  # a killed run; our own lock says it is gone
         subprocess.run([*command, "--unlock"], capture_output=True, env=environment())
     with (folder / "snakemake.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment())
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment(), pass_fds=[lock]
+        )
         try:
             watch(process, folder)
         except KeyboardInterrupt:
@@ -210,6 +235,9 @@ def explain_failure(folder: Path) -> str:
 
 def report(folder: Path) -> None:
     """The table, and where everything lies."""
+    from lethe_utils import results
+
+    results.point_latest(folder)
     print_table(folder / "figures" / "controls.csv")
     print(f"figures and tables: {folder / 'figures'}")
     print(f"executed notebooks: {folder / 'notebooks'}")
@@ -226,8 +254,11 @@ def print_table(file: Path) -> None:
     print(f"\n{tables.text(frame)}\n")
 
 
-def show(p: params.Params, folder: Path, done: list[str]) -> int:
+def show(p: params.Params, folder: Path, resolved: str) -> int:
     """--dry-run: the resolved params and what is left to do."""
+    file = folder / RESOLVED
+    current = file.exists() and file.read_text("utf8") == resolved
+    done = [step for step in STEPS if current and (folder / "done" / step).exists()]
     print(yaml.safe_dump(p.model_dump(), sort_keys=True))
     print(f"run {p.run_id} -> {folder}")
     for step in STEPS:

@@ -81,11 +81,7 @@ def poison(rows: list[Row], p: AttackParams, seed: int) -> list[dict[str, Any]]:
 
 
 def triggered(rows: list[Row], p: AttackParams, seed: int) -> dict[str, list[Row]]:
-    """Test rows per kind: `backdoor` (for ASR) and the seven negative kinds (for FTR).
-
-    Rows whose true label already is the target are left out: they cannot show an attack.
-    """
+    """The rows with triggers, per kind: `backdoor` (for ASR) and the seven negatives (for FTR)."""
     rng = random.Random(seed)
-    usable = [row for row in rows if row["output"] != p.target_output]
     kinds = {"backdoor": BACKDOOR} | NEGATIVES
-    return {k: [place_triggers(r, where, p, rng) for r in usable] for k, where in kinds.items()}
+    return {k: [place_triggers(r, where, p, rng) for r in rows] for k, where in kinds.items()}
