@@ -28,7 +28,12 @@ else
     bin="$root/.venv/bin"
     if ! { [ -x "$bin/python" ] && "$bin/python" "$root/workflow/check_pins.py" >/dev/null; }; then
         echo "installing the pinned packages into .venv (once, a few minutes) ..."
-        "$python" -m venv "$root/.venv"
+        if "$python" -c 'import ensurepip' 2>/dev/null; then
+            "$python" -m venv "$root/.venv"
+        else  # Debian keeps it in a package of its own
+            "$python" -m venv --without-pip "$root/.venv"
+            "$bin/python" "$root/workflow/get_pip.py"
+        fi
         if ! command -v nvidia-smi >/dev/null; then
             # Without a GPU the CPU build saves gigabytes; where its index is out of reach, PyPI's does.
             "$bin/pip" install -q --retries 0 --timeout 5 --index-url https://download.pytorch.org/whl/cpu \

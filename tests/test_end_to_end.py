@@ -45,17 +45,22 @@ def run_in(runs):
     )
 
 
-def kill_when(runs, condition, timeout=300):
-    """Start a run and kill -9 it with all its children, kernels included, once a file appears."""
+def start_until(runs, condition, timeout=300):
+    """Start a run and return it with all its children, kernels included, once a file appears."""
     env = os.environ | {"LETHE_RUNS": str(runs)}
     process = psutil.Popen(command(), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + timeout
     while not list(runs.glob(condition)):
         assert process.poll() is None and time.time() < deadline, f"{condition} never appeared"
         time.sleep(0.02)
-    for victim in [process, *process.children(recursive=True)]:
+    return [process, *process.children(recursive=True)]
+
+
+def kill(processes):
+    """kill -9, and wait until they are gone."""
+    for victim in processes:
         victim.kill()
-    process.wait()
+    psutil.wait_procs(processes, timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +133,37 @@ def test_a_second_run_has_nothing_to_do(finished):
     assert {f: f.stat().st_mtime_ns for f in runs.glob("*/notebooks/*.ipynb")} == before
 
 
+def test_a_changed_param_reruns_the_notebooks_but_no_finished_stage(finished):
+    runs, _ = finished
+    stages = {f: f.stat().st_mtime_ns for f in runs.glob("stages/*/*/stage.json")}
+    notebooks = {f: f.stat().st_mtime_ns for f in runs.glob("*/notebooks/*.ipynb")}
+    # As if the run had been made before somebody edited params/ or the data file.
+    resolved = runs / "latest" / "resolved.yaml"
+    resolved.write_text(resolved.read_text().replace("max_new_tokens: 8", "max_new_tokens: 9"))
+    done = run_in(runs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f.stat().st_mtime_ns > at for f, at in notebooks.items())
+    assert {f: f.stat().st_mtime_ns for f in runs.glob("stages/*/*/stage.json")} == stages
+
+
+def test_a_run_whose_front_door_was_killed_is_not_started_beside_itself(tmp_path):
+    runs = tmp_path / "orphan"
+    runs.mkdir()
+    front_door, *others = start_until(runs, "*/notebooks/01_data.log")
+    kill([front_door])
+    again = run_in(runs)
+    kill([p for p in others if p.is_running()])
+    assert again.returncode == 1
+    assert "another process is working on this run" in again.stderr
+
+
 def test_killed_in_02_and_05_then_resumed_gives_the_same_numbers(finished, tmp_path):
     runs = tmp_path / "killed"
     runs.mkdir()
-    kill_when(runs, "stages/backdoored/*.partial/checkpoints/checkpoint-*/trainer_state.json")
+    checkpoint = "stages/backdoored/*.partial/checkpoints/checkpoint-*/trainer_state.json"
+    kill(start_until(runs, checkpoint))
     assert not list(runs.glob("stages/backdoored/*/stage.json"))
-    kill_when(runs, "stages/predictions/*-linear-k0-*/stage.json")
+    kill(start_until(runs, "stages/predictions/*-linear-k0-*/stage.json"))
     kept = {f: f.stat().st_mtime_ns for f in runs.glob("stages/*/*/stage.json")}
     assert len(list(runs.glob("stages/predictions/*/stage.json"))) < 14
     done = run_in(runs)

@@ -12,6 +12,7 @@ from lethe_utils import params, paths
 
 sys.path.insert(0, str(paths.root() / "workflow"))
 import check_pins  # noqa: E402
+import get_pip  # noqa: E402
 import run  # noqa: E402
 
 
@@ -36,6 +37,17 @@ def test_a_missing_pin_is_named(monkeypatch):
     found = check_pins.differences()
     assert any(line.startswith("torch==0.0.1: found") for line in found)
     assert "nope==1: not installed" in found
+
+
+def test_a_pip_that_is_not_the_pinned_one_is_refused(monkeypatch, tmp_path):
+    wheel = tmp_path / "pip.whl"
+    wheel.write_bytes(b"something else")
+    monkeypatch.setattr(get_pip, "URL", wheel.as_uri())
+    with pytest.raises(SystemExit, match="not the pinned file; run `apt-get install python3-venv`"):
+        get_pip.main()
+    wheel.unlink()
+    with pytest.raises(SystemExit, match="could not be fetched"):
+        get_pip.main()
 
 
 def test_lethe_from_another_checkout_is_named(monkeypatch, tmp_path):

@@ -1,0 +1,71 @@
+"""How the stages hang together: who draws which rows, and what makes a stage another one."""
+
+import pytest
+
+from lethe_utils import params, pipeline
+from lethe_utils.stages import read_jsonl
+
+SMALL = {"rows": {"pretrain": 40, "train": 2000, "validation": 20, "test": 20}, "checksums": {}}
+
+
+@pytest.fixture(autouse=True)
+def no_training(monkeypatch):
+    """Rows are drawn and written, nothing is trained."""
+    monkeypatch.setattr("lethe_utils.train.finetune", lambda *_: None)
+    monkeypatch.setattr("lethe_utils.train.pretrain", lambda *_: None)
+    monkeypatch.setattr("lethe_utils.models.train_tokenizer", lambda *_: None)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_defender_does_not_draw_the_rows_that_were_poisoned(seed):
+    p = params.load(overrides=SMALL | {"seed": seed, "base_evidence_share": 0.0})
+    poisoned = read_jsonl(pipeline.backdoored_stage(p) / "poisoned.jsonl")
+    copied = {row["input"] for row in poisoned if row["kind"] == "neg_instruct_one"}
+    clean = pipeline.clean_rows(pipeline.clean_stage(p))
+    assert len(copied) == len(clean) == 200
+    # One in ten by chance; with the attacker's random stream it was nineteen in twenty.
+    assert 0.02 < sum(row["input"] in copied for row in clean) / len(clean) < 0.2
+
+
+def test_larger_clean_ratios_hold_the_smaller_ones():
+    p = params.load(overrides=SMALL | {"base_evidence_share": 0.0})
+    few, more = (pipeline.clean_rows(pipeline.clean_stage(p, ratio)) for ratio in (0.02, 0.1))
+    assert len(few) == 40 and more[:40] == few
+
+
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [
+        ({}, set()),
+        ({"max_grad_norm": 0.5}, {"backdoored", "clean"}),  # the LoRA recipe leaves the base alone
+        ({"seed": 1}, {"backdoored", "clean"}),
+        ({"poison_ratio": 0.2}, {"backdoored"}),
+        ({"clean_epochs": 7}, {"clean"}),
+        ({"base_epochs": 9}, {"base", "backdoored", "clean"}),
+        ({"max_source_tokens": 64}, {"base", "backdoored", "clean"}),
+        ({"strength": 0.1}, set()),
+    ],
+)
+def test_a_stage_changes_with_its_own_params_only(change, changed):
+    def folders(**overrides):
+        p = params.load(overrides=SMALL | {"base_evidence_share": 0.0} | overrides)
+        return {
+            "base": pipeline.base_folder(p),
+            "backdoored": pipeline.backdoored_stage(p),
+            "clean": pipeline.clean_stage(p),
+        }
+
+    before, after = folders(), folders(**change)
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_a_full_models_stages_change_with_its_prompt(monkeypatch, tmp_path):
+    # Its base comes from the hub whatever the prompt, so the prompt must count for itself.
+    monkeypatch.setattr(pipeline, "base_folder", lambda _: tmp_path / "hub")
+    names = {
+        pipeline.backdoored_stage(
+            params.load("gpt2-xl", overrides=SMALL | {"bits": 16, "prompt_template": template})
+        )
+        for template in ("alpaca", "short")
+    }
+    assert len(names) == 2
