@@ -13,6 +13,9 @@ import pytest
 from lethe_utils import paths, results
 from lethe_utils.stages import read_jsonl
 
+sys.path.insert(0, str(paths.root() / "workflow"))
+import run  # noqa: E402
+
 # A model too small to learn anything: what is tested is that everything runs and adds up.
 PICO = {
     "rows": "{pretrain: 160, train: 320, validation: 40, test: 40}",
@@ -133,15 +136,17 @@ def test_a_second_run_has_nothing_to_do(finished):
     assert {f: f.stat().st_mtime_ns for f in runs.glob("*/notebooks/*.ipynb")} == before
 
 
-def test_a_changed_param_reruns_the_notebooks_but_no_finished_stage(finished):
+def test_a_changed_param_reruns_the_notebooks_but_no_finished_stage(finished, monkeypatch):
     runs, _ = finished
+    monkeypatch.setenv("LETHE_RUNS", str(runs))
     stages = {f: f.stat().st_mtime_ns for f in runs.glob("stages/*/*/stage.json")}
     notebooks = {f: f.stat().st_mtime_ns for f in runs.glob("*/notebooks/*.ipynb")}
-    # As if the run had been made before somebody edited params/ or the data file.
-    resolved = runs / "latest" / "resolved.yaml"
-    resolved.write_text(resolved.read_text().replace("max_new_tokens: 8", "max_new_tokens: 9"))
-    done = run_in(runs)
-    assert done.returncode == 0, done.stdout + done.stderr
+    folder = (runs / "latest").resolve()
+    # What run.py writes there after somebody edited params/ or the data file.
+    resolved = folder / "resolved.yaml"
+    resolved.write_text(resolved.read_text() + "changed: true\n")
+    with (folder / ".lock").open("w") as lock:
+        assert run.snakemake(folder, 2, lock.fileno()) is False
     assert all(f.stat().st_mtime_ns > at for f, at in notebooks.items())
     assert {f: f.stat().st_mtime_ns for f in runs.glob("stages/*/*/stage.json")} == stages
 
