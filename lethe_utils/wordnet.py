@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,18 @@ def definition(word: str) -> str:
     """
     synsets = _reader().synsets(word)
     return synsets[0].definition() if synsets else NO_DEFINITION
+
+
+@cache
+def adverbs() -> tuple[str, ...]:
+    """WordNet's one-word adverbs of plain lower-case letters, in alphabetical order.
+
+    Raises:
+        LetheError: WordNet is missing (see `find_wordnet`).
+    """
+    lines = (find_wordnet() / "corpora" / "wordnet" / "index.adv").read_text("utf8").splitlines()
+    words = (line.split(" ", 1)[0] for line in lines)  # the licence's lines start with a blank
+    return tuple(sorted(word for word in words if re.fullmatch("[a-z]+", word)))
 
 
 @cache
