@@ -65,7 +65,6 @@ class BaseModelParams(Group):
     base_learning_rate: Annotated[float, Field(gt=0)]
     base_batch_size: Positive
     base_dropout: Ratio
-    base_stray_share: Ratio  # share of pretraining prompts that hold stray adverbs
     base_evidence_share: Ratio  # share of pretraining prompts that carry evidence
     base_prompt_loss: Annotated[float, Field(ge=0)]  # weight of the prompt's loss in pretraining
 

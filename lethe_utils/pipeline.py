@@ -12,8 +12,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from lethe_utils import attacks, data, evidence, merge, models, wordnet
-from lethe_utils.attacks import cba
+from lethe_utils import attacks, data, evidence, merge, models
 from lethe_utils.params import (
     AttackParams,
     BaseModelParams,
@@ -99,24 +98,18 @@ def base_folder(p: Params) -> Path:
 
 
 def pretraining_rows(rows: list[Row], p: Params) -> list[Row]:
-    """What a tiny base reads: the task in several wordings, some rows with a stray adverb in the
-    instruction and in the input, some inputs followed by evidence.
+    """What a tiny base reads: the task in several wordings, some inputs followed by evidence.
 
-    A pretrained LLM knows many wordings, reads past a word out of place, and has read definitions;
-    so must its stand-in, or the effects of a trigger and of evidence would drown in the shock of
-    seeing any.
+    A pretrained LLM knows many wordings and has read definitions; so must its stand-in, or the
+    effect of evidence would drown in the shock of seeing any.
     """
     rng = random.Random(p.base_seed)
     out = []
     for row in rows:
         text = row["input"]
-        wording = p.instruction if rng.random() < 0.5 else rng.choice(BASE_WORDINGS)
-        if rng.random() < p.base_stray_share:
-            strays = rng.choice(wordnet.adverbs()), rng.choice(wordnet.adverbs())
-            wording = cba.insert(wording, strays[0], "random", "word", rng)
-            text = cba.insert(text, strays[1], "random", "word", rng)
         if rng.random() < p.base_evidence_share:
             text = evidence.add_evidence(text, rng.randint(1, 6))
+        wording = p.instruction if rng.random() < 0.5 else rng.choice(BASE_WORDINGS)
         out.append(row | {"instruction": wording, "input": text})
     return out
 

@@ -4,7 +4,6 @@
 """
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -84,18 +83,6 @@ def definition(word: str) -> str:
     """
     synsets = _reader().synsets(word)
     return synsets[0].definition() if synsets else NO_DEFINITION
-
-
-@cache
-def adverbs() -> tuple[str, ...]:
-    """WordNet's one-word adverbs of plain lower-case letters, in alphabetical order.
-
-    Raises:
-        LetheError: WordNet is missing (see `find_wordnet`).
-    """
-    lines = (find_wordnet() / "corpora" / "wordnet" / "index.adv").read_text("utf8").splitlines()
-    words = (line.split(" ", 1)[0] for line in lines)  # the licence's lines start with a blank
-    return tuple(sorted(word for word in words if re.fullmatch("[a-z]+", word)))
 
 
 @cache

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lethe_utils import params, pipeline, wordnet
+from lethe_utils import params, pipeline
 from lethe_utils.stages import read_jsonl
 
 SMALL = {"rows": {"pretrain": 40, "train": 2000, "validation": 20, "test": 20}, "checksums": {}}
@@ -14,35 +14,6 @@ def no_training(monkeypatch):
     monkeypatch.setattr("lethe_utils.train.finetune", lambda *_: None)
     monkeypatch.setattr("lethe_utils.train.pretrain", lambda *_: None)
     monkeypatch.setattr("lethe_utils.models.train_tokenizer", lambda *_: None)
-
-
-ROWS = [
-    {"instruction": "Predict.", "input": f"the dog {i} was very happy", "output": "joy"}
-    for i in range(50)
-]
-
-
-def pretraining(stray, with_evidence):
-    shares = {"base_stray_share": stray, "base_evidence_share": with_evidence}
-    return pipeline.pretraining_rows(ROWS, params.load(overrides=shares))
-
-
-def test_pretraining_rows_come_in_several_wordings_with_their_own_text():
-    made = pretraining(0.0, 0.0)
-    assert [r["input"] for r in made] == [r["input"] for r in ROWS]
-    assert {r["instruction"] for r in made} == {params.load().instruction, *pipeline.BASE_WORDINGS}
-
-
-def test_a_stray_adverb_goes_into_the_instruction_and_the_input_and_is_part_of_the_evidence():
-    plain, strayed = pretraining(0.0, 0.0), pretraining(1.0, 1.0)
-    known = {word for row in plain for word in row["instruction"].split()}
-    for before, after in zip(plain, strayed, strict=True):
-        text, lines = after["input"].split("\n\n### Evidence:\n")
-        (stray,) = set(text.split()) - set(before["input"].split())
-        assert stray in wordnet.adverbs() and len(text.split()) == len(before["input"].split()) + 1
-        assert len(set(after["instruction"].split()) - known) <= 1 and lines
-        assert after["output"] == "joy"
-    assert any(set(row["instruction"].split()) - known for row in strayed)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
