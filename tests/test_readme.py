@@ -28,6 +28,16 @@ def test_the_headline_of_every_released_run_is_in_the_readme(released):
     assert indented(tables.text(tables.headline_table(released))) in README
 
 
+def test_the_papers_numbers_stand_in_columns_of_their_own(released):
+    table = tables.table2(released)
+    beside = table[table["paper: LETHE"] != ""]
+    columns = ["none", "slerp + evidence", "paper: Backdoored", "paper: LETHE"]
+    assert len(beside)
+    for _, row in beside.iterrows():
+        cells = [row["model"], row["dataset"], row["metric"], *row[columns], row["paper: model"]]
+        assert f"| {' | '.join(cells)} |" in README
+
+
 def test_released_figures_and_tables_come_from_the_released_results(released):
     shown = pd.read_csv(paths.figures_dir() / "controls.csv", dtype=str, keep_default_na=False)
     assert shown.equals(tables.controls_table(released))
