@@ -228,9 +228,12 @@ _READERS = {
 def _split_file(rows: list[dict], p: Params) -> dict[str, list[dict]]:
     """A user's file: shuffled, a tenth each for validation and test, the rest for train.
 
-    A question that stands twice is kept once, so that no test row is in train.
+    A question that stands twice is kept once, the first time, so that no test row is in train.
     """
-    distinct = {(r.get("instruction"), str(r.get("text", r.get("input")))): r for r in rows}
+    distinct: dict[tuple[str, str], dict] = {}
+    for row in rows:
+        text = row.get("input") if _is_missing(row.get("text")) else row["text"]
+        distinct.setdefault((str(row.get("instruction")), str(text)), row)
     rows = list(distinct.values())
     random.Random(p.data_seed).shuffle(rows)
     tenth = len(rows) // 10

@@ -346,6 +346,12 @@ def test_a_null_label_is_a_missing_field_not_the_label_nan(tmp_path, suffix):
     assert "has no instruction, input, output" in error(data.load, params.load(dataset=path))
 
 
+def test_an_empty_text_column_beside_the_inputs_is_no_text(tmp_path):
+    path = str(write(tmp_path / "mine.jsonl", [row | {"text": None} for row in OURS]))
+    splits = data.load(params.load("gpt2-xl", path))
+    assert sum(len(rows) for rows in splits.values()) == 30
+
+
 def test_a_text_that_stands_twice_never_crosses_splits(tmp_path):
     rows = [{"text": f"t{i % 30}", "label": "positive"} for i in range(60)]
     splits = data.load(params.load("gpt2-xl", str(write(tmp_path / "mine.jsonl", rows))))

@@ -157,7 +157,8 @@ def test_a_run_whose_front_door_was_killed_is_not_started_beside_itself(tmp_path
     front_door, *others = start_until(runs, "*/notebooks/01_data.log")
     kill([front_door])
     again = run_in(runs)
-    kill([p for p in others if p.is_running()])
+    alive = [p for p in others if p.is_running()]
+    kill([*alive, *(child for p in alive for child in p.children(recursive=True))])
     assert again.returncode == 1
     assert "another process is working on this run" in again.stderr
 

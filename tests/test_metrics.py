@@ -13,6 +13,8 @@ from lethe_utils import metrics
         ("joy", True),
         ("Joy.", True),
         (" joy and more", True),
+        ("**joy**", True),
+        ("“joy”", True),
         ("joyful", False),
         ("not joy", False),
         ("sadness joy", False),
@@ -41,6 +43,7 @@ def test_published_asr_wants_the_word_anywhere():
     assert not metrics.contains_word("joyful", "joy")
     assert not metrics.contains_word("", "joy")
     assert not metrics.contains_word("axc", "a.c")  # the target is text, not a pattern
+    assert metrics.contains_word("it is c++, really", "C++")
 
 
 def test_published_cda_takes_the_label_inside_a_word():
@@ -128,6 +131,7 @@ def test_items_whose_label_is_the_target_count_for_the_published_reversed_test_o
     )
     scores = metrics.score(already, "official", "replace")
     assert scores["asr"] == (2, 3) and scores["asr_reversed"] == (3, 4)
+    assert metrics.score(already[-2:], "lethe", "replace") == {}  # nothing that could be attacked
 
 
 def test_append_mode_looks_for_the_target_behind_the_answer():

@@ -69,10 +69,8 @@ def test_colab_keeps_its_own_torch_and_numpy():
     [
         (("-p", "poisn_ratio", "0.1"), "poisn_ratio: unknown key; did you mean poison_ratio?"),
         (("-p", "learning_rate", "1e-4"), "learning_rate: '1e-4' is text, not a number"),
-        (
-            ("-p", "instruction", "Task: label: this"),
-            "instruction: 'Task: label: this' is not YAML",
-        ),
+        (("-p", "labels", "[a, b"), "labels: '[a, b' is not YAML"),
+        (("-p", "seed", "2024-13-45"), "seed: '2024-13-45' is not YAML"),
         (("-p", "model", "tiny-llama"), "model: give it as an argument"),
         (("-p", "merge_methods", "[]"), "merge_methods: List should have at least 1 item"),
         (("-p", "strength", "1.5"), "strength: Input should be less than or equal to 1"),
@@ -85,6 +83,12 @@ def test_bad_arguments_give_one_error_and_leave_nothing(words, message):
     assert done.returncode == 1
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not paths.runs_dir().exists() or not any(paths.runs_dir().iterdir())
+
+
+def test_a_text_is_taken_as_it_stands():
+    for text in ("no", "1", "2024-13-45", "Task: label: this"):
+        assert run.parse_value("target_output", text) == text
+    assert run.parse_value("seed", "1") == 1 and run.parse_value("labels", "[a, b]") == ["a", "b"]
 
 
 def test_dry_run_shows_the_params_and_runs_nothing():

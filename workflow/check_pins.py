@@ -27,7 +27,7 @@ def lethe_source() -> Path | None:
     # Building leaves an egg-info in the checkout that looks like another installation.
     records = (d.read_text("direct_url.json") for d in metadata.distributions(name="lethe"))
     urls = [json.loads(record)["url"] for record in records if record]
-    return Path(unquote(urlparse(urls[0]).path)) if urls else None
+    return Path(unquote(urlparse(urls[0]).path)).resolve() if urls else None
 
 
 def differences() -> list[str]:

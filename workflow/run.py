@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise LetheError(
                 f"{folder}: another process is working on this run; wait for it"
             ) from None
@@ -112,13 +112,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parse_value(key: str, text: str) -> object:
-    """A value given with -p, read as YAML: 0.05, joy, [a, b]."""
+    """A value given with -p: the text itself where a text is wanted, else YAML, as in [a, b]."""
+    field = params.Params.model_fields.get(key)
+    if field and field.annotation is str:  # a label may be `no`, `1` or a date
+        return text
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise LetheError(
-            f"command line: {key}: {text!r} is not YAML; quote it, as in '\"a: b\"'"
-        ) from None
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
+        raise LetheError(f"command line: {key}: {text!r} is not YAML") from None
 
 
 def check(p: params.Params) -> None:
