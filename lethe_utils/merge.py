@@ -124,13 +124,12 @@ def check_mergeable(backdoored: Path, clean: Path, base: Path) -> None:
     Raises:
         LetheError: other architecture, shapes or tokenizer; missing or truncated weights.
     """
-    first = backdoored
-    shapes, architecture = _shapes(first), _architecture(first)
-    vocabulary = models.load_tokenizer(first).get_vocab()
+    shapes, architecture = _shapes(backdoored), _architecture(backdoored)
+    vocabulary = models.load_tokenizer(backdoored).get_vocab()
     for other in (clean, base):
         if _architecture(other) != architecture:
             raise LetheError(
-                f"{other}: is a {_architecture(other)}, but {first} is a {architecture}; "
+                f"{other}: is a {_architecture(other)}, but {backdoored} is a {architecture}; "
                 "both must be trained from the same base"
             )
         found = _shapes(other)
@@ -138,11 +137,12 @@ def check_mergeable(backdoored: Path, clean: Path, base: Path) -> None:
         name = next((n for n in sorted(compared) if shapes.get(n) != found.get(n)), None)
         if name is not None:
             raise LetheError(
-                f"{other}: {name} has shape {found.get(name)}, but {shapes.get(name)} in {first}; "
+                f"{other}: {name} has shape {found.get(name)}, but {shapes.get(name)} in "
+                f"{backdoored}; "
                 "both must be trained from the same base"
             )
         if models.load_tokenizer(other).get_vocab() != vocabulary:
-            raise LetheError(f"{other}: its tokenizer differs from the one of {first}")
+            raise LetheError(f"{other}: its tokenizer differs from the one of {backdoored}")
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -15,6 +15,9 @@ from lethe_utils.params import BaseModelParams
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Here, before the Trainer's import pulls it in: it warns of an optional kernel it does not find.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")  # GPT-2 and GPT-J; LLaMA has none
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]  # no pickles, no code
@@ -117,11 +120,9 @@ def resolve_device(device: str) -> str:
 
 
 def quiet() -> None:
-    """Silence what drowns the progress bars that matter: a bar for each model loaded or saved, and
-    the optional kernels that bitsandbytes did not find."""
+    """Silence the bar for each model loaded or saved, which drowns the ones that matter."""
     from transformers.utils import logging as transformers_logging
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
