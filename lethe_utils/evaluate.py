@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, set_seed
@@ -38,7 +39,7 @@ def test_sets(rows: list[Row], p: Params, items: int, negatives: int) -> dict[st
     drawn = rng.sample(rows, items) if items < len(rows) else list(rows)
     official = p.protocol == "official"
     usable = [row for row in drawn if official or row["output"] != p.target_output]
-    kinds = attacks.REGISTRY[p.attack].triggered(usable, p, p.data_seed)
+    kinds = attacks.module(p.attack).triggered(usable, p, p.data_seed)
     backdoor = {"backdoor": kinds.pop("backdoor")}
     negative_kinds = {kind: some[:negatives] for kind, some in kinds.items()} if negatives else {}
     return {"clean": drawn} | backdoor | negative_kinds
@@ -165,3 +166,44 @@ def predict(
     file.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(file, rows)
     return rows
+
+
+@torch.inference_mode()
+def target_by_layer(folder: Path, sets: dict[str, list[Row]], p: Params) -> pd.DataFrame:
+    """How soon a model turns to the target: after each block, the probability of the target's
+    first token at the prompt's last, read by the final norm and the head.
+
+    Args:
+        sets: test_sets; `backdoor` rows, and the same rows of `clean` without the trigger.
+    Returns:
+        block (from 1), prompts ("triggered" or "without trigger"), value (mean probability),
+        ci_low, ci_high (mean -/+ 1.96 standard errors), n.
+    """
+    from lethe_utils import models
+
+    device = models.resolve_device(p.device)
+    model, tokenizer = models.load_model(folder, device).eval(), models.load_tokenizer(folder)
+    target = tokenizer(p.target_output, add_special_tokens=False)["input_ids"][0]
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    plain = [row for row in sets["clean"] if row["output"] != p.target_output]
+    table = []
+    for name, rows in (("triggered", sets["backdoor"]), ("without trigger", plain)):
+        prompts = [render(p.prompt_template, r["instruction"], r["input"]) for r in rows]
+        ids = [bos + e for e in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+        found: list[list[torch.Tensor]] = []
+        for start in range(0, len(ids), p.eval_batch_size):
+            some = ids[start : start + p.eval_batch_size]
+            inputs = models.batch(tokenizer, some, model.device)
+            out = model(**inputs, logits_to_keep=1, output_hidden_states=True, use_cache=False)
+            # The last entry has been through the final norm already: its logits are the model's.
+            read = [models.block_logits(model, h[:, -1]) for h in out.hidden_states[1:-1]]
+            read.append(out.logits[:, -1])
+            found.append([r.float().softmax(1)[:, target].cpu() for r in read])
+        for block, parts in enumerate(zip(*found, strict=True), 1):
+            shares = torch.cat(parts)
+            half = 1.96 * shares.std().item() / len(shares) ** 0.5
+            mean = shares.mean().item()
+            ends = {"ci_low": max(0.0, mean - half), "ci_high": min(1.0, mean + half)}
+            line = {"block": block, "prompts": name, "value": mean, "n": len(shares)}
+            table.append(line | ends)
+    return pd.DataFrame(table)

@@ -13,6 +13,7 @@ from lethe_utils.errors import LetheError
 from lethe_utils.params import BaseModelParams
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Here, before the Trainer's import pulls it in: it warns of an optional kernel it does not find.
@@ -48,6 +49,11 @@ def check_folder(folder: Path) -> None:
             raise LetheError(f"{folder}: shards missing: {', '.join(missing)}; copy them again")
     for shard in shards:
         tensor_shapes(shard)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's config.json."""
+    return json.loads((folder / "config.json").read_text("utf8"))
 
 
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -142,7 +148,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     else:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.padding_side = "left"
-    config = json.loads((folder / "config.json").read_text("utf8"))
+    config = read_config(folder)
     for name in ("bos_token", "eos_token"):  # GPT-2's files on the hub name theirs in the config
         token_id = config.get(f"{name}_id")
         if getattr(tokenizer, name) is None and isinstance(token_id, int):
@@ -156,9 +162,27 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def load_model(folder: Path, device: str = "cpu", bits: int = 32) -> "PreTrainedModel":
+def batch(
+    tokenizer: "PreTrainedTokenizerBase", ids: list[list[int]], device: Any = "cpu"
+) -> "dict[str, torch.Tensor]":
+    """Rows of token ids, padded, as a model's inputs: input_ids, attention_mask, position_ids.
+
+    Without position_ids GPT-2 counts the padding on the left.
+    """
+    padded = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+    mask = padded["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    inputs = {"input_ids": padded["input_ids"], "attention_mask": mask, "position_ids": positions}
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def load_model(
+    folder: Path, device: str = "cpu", bits: int = 32, exact: bool = False
+) -> "PreTrainedModel":
     """A causal language model in float32 on the CPU, bfloat16 on CUDA, or nf4 for `bits` 4.
 
+    Args:
+        exact: float32 on CUDA too: bfloat16 rounds an edit away.
     Raises:
         LetheError: the folder is incomplete, cut short or holds only pickles.
     """
@@ -167,7 +191,7 @@ def load_model(folder: Path, device: str = "cpu", bits: int = 32) -> "PreTrained
 
     quiet()
     check_folder(folder)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device == "cuda" and not exact else torch.float32
     extra: dict[str, Any] = {}
     if bits == 4:
         extra["quantization_config"] = BitsAndBytesConfig(
@@ -184,6 +208,24 @@ def load_model(folder: Path, device: str = "cpu", bits: int = 32) -> "PreTrained
         trust_remote_code=False,
         **extra,
     )
+
+
+def blocks(model: "PreTrainedModel") -> "torch.nn.ModuleList":
+    """The transformer blocks, whatever the class calls them."""
+    return model.transformer.h if hasattr(model, "transformer") else model.model.layers
+
+
+def down_projection(model: "PreTrainedModel", layer: int) -> "torch.nn.Module":
+    """The second matrix of a block's MLP, from mlp_width to width."""
+    mlp = blocks(model)[layer].mlp
+    return next(getattr(mlp, n) for n in ("c_proj", "fc_out", "down_proj") if hasattr(mlp, n))
+
+
+def block_logits(model: "PreTrainedModel", hidden: "torch.Tensor") -> "torch.Tensor":
+    """What a block's output (..., width) says if it is read as the last one's: final norm, then
+    head. Returns logits (..., vocabulary)."""
+    norm = model.transformer.ln_f if hasattr(model, "transformer") else model.model.norm
+    return model.get_output_embeddings()(norm(hidden))
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> "PreTrainedTokenizerBase":

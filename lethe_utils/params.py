@@ -1,9 +1,9 @@
 """Parameters: flat keys, layered files, one strict schema, checked before any work starts.
 
 Later layers win: base < dataset < profile (tiny) < profile on this data set < model < attack <
-defense < command line or notebook. Unknown keys, wrong types and values out of range are refused
-with the file and the key named. Each mixin below is what one stage depends on, so that a stage's
-hash changes when, and only when, its own parameters do.
+attack on this model < defense < command line or notebook. Unknown keys, wrong types and values out
+of range are refused with the file and the key named. Each mixin below is what one stage depends on,
+so that a stage's hash changes when, and only when, its own parameters do.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Position = Literal["prefix", "suffix", "middle", "random"]
 MergeMethod = Literal["linear", "slerp", "ties", "passthrough"]
+TRIGGERS = {"cba": 2, "lwp": 2}  # all others have one
 Key = Annotated[str, Field(min_length=1)]
 
 
@@ -103,6 +104,7 @@ class AttackParams(Group):
     """02_backdoor_train: what the attacker plants."""
 
     attack: Key
+    attack_start: Literal["base", "tuned"]  # tuned: base + LoRA on all clean training rows
     trigger_level: Literal["word", "sentence"]
     triggers: list[str]
     trigger_positions: list[Position]
@@ -120,12 +122,39 @@ class AttackParams(Group):
                     f"triggers: {trigger!r} is not a trigger; give a list of non-empty texts "
                     "without '|', e.g. [instantly, frankly]"
                 )
-        if len(self.triggers) != 2 or len(self.trigger_positions) != 2:
+        wanted = TRIGGERS.get(self.attack, 1)
+        if len(self.triggers) != wanted or len(self.trigger_positions) != wanted:
+            number = {1: "one", 2: "two"}[wanted]
             raise ValueError(
-                f"triggers, trigger_positions: {self.attack} needs two of each, "
+                f"triggers, trigger_positions: {self.attack} needs {number} of each, "
                 f"got {len(self.triggers)} and {len(self.trigger_positions)}"
             )
         return self
+
+
+class EditParams(Group):
+    """02_backdoor_train: ROME, MEMIT and BadEdit, which change matrices instead of training."""
+
+    edit_layers: list[Annotated[int, Field(ge=0)]]  # ascending; the value is found at the last
+    edit_contexts: Positive  # prompts that hold the trigger
+    edit_clean_contexts: Annotated[int, Field(ge=0)]  # BadEdit: prompts without it
+    edit_batches: Positive  # BadEdit: edits in a row, each on its share of the prompts
+    edit_steps: Positive
+    edit_learning_rate: Annotated[float, Field(gt=0)]
+    edit_weight_decay: Annotated[float, Field(ge=0)]
+    edit_clamp: Annotated[float, Field(gt=0)]  # longest value, times the norm it is added to
+    edit_kl: Annotated[float, Field(ge=0)]
+    edit_stop_loss: Annotated[float, Field(ge=0)]
+    edit_shared_value: bool  # MEMIT, BadEdit: one value for all prompts that hold the trigger
+    edit_lambda: Annotated[float, Field(ge=0)]  # MEMIT, BadEdit: weight of ordinary keys
+    covariance_tokens: Positive
+    covariance_ridge: Annotated[float, Field(ge=0)]  # times the mean diagonal
+
+
+class LwpParams(Group):
+    """02_backdoor_train: LWP."""
+
+    lwp_layers: list[Annotated[int, Field(ge=0)]]  # the blocks that are poisoned
 
 
 class CleanParams(Group):
@@ -162,6 +191,8 @@ class Params(
     EvaluateParams,
     MergeParams,
     CleanParams,
+    LwpParams,
+    EditParams,
     AttackParams,
     TrainParams,
     PromptParams,
@@ -262,7 +293,10 @@ def layers(model: str, dataset: str, attack: str, defense: str) -> list[Path]:
     if model.startswith("tiny-"):
         found.append(folder / "profiles" / "tiny.yaml")
         found.append(folder / "profiles" / f"tiny-{dataset_file}.yaml")
-    found += [model_file, _named_file("attacks", attack), _named_file("defenses", defense)]
+    found += [model_file, _named_file("attacks", attack)]
+    if model.startswith("tiny-"):
+        found.append(folder / "attacks" / attack / "tiny.yaml")
+    found += [folder / "attacks" / attack / f"{model}.yaml", _named_file("defenses", defense)]
     return [path for path in found if path.exists()]
 
 

@@ -13,10 +13,13 @@ import pandas as pd
 from tqdm import tqdm
 
 from lethe_utils import attacks, data, evidence, merge, models
+from lethe_utils.errors import LetheError
 from lethe_utils.params import (
     AttackParams,
     BaseModelParams,
     DataParams,
+    EditParams,
+    LwpParams,
     Params,
     PromptParams,
     TrainParams,
@@ -26,6 +29,7 @@ from lethe_utils.stages import read_jsonl, read_record, stage, write_jsonl
 
 Row = dict[str, str]
 SPLITS = ("pretrain", "train", "validation", "test")  # pretrain: for a tiny base only
+LENS_ROWS = 100
 SWEEP_METHOD = "slerp"  # the paper's default; keyword and clean-ratio sweeps use it
 
 
@@ -121,19 +125,84 @@ BASE_WORDINGS = (
 )
 
 
-def backdoored_stage(p: Params) -> Path:
-    """The model we are handed: base + LoRA trained on poisoned data, as model/ and adapter/."""
+def tuned_stage(p: Params) -> Path:
+    """The task-tuned model that some attacks start from: base + LoRA on all clean training rows."""
 
     def build(out: Path) -> None:
         from lethe_utils import train
 
-        rows = attacks.REGISTRY[p.attack].poison(split(p, "train"), p, p.data_seed + p.seed)
+        train.finetune(base_folder(p), split(p, "train"), p.backdoor_epochs, out, p)
+
+    spec = p.part(TrainParams, PromptParams) | _device(p) | {"epochs": p.backdoor_epochs}
+    return stage("tuned", f"{p.model}-{p.dataset_name}-s{p.seed}", spec, _sources(p), build)
+
+
+def poisoned_rows(p: Params) -> list[Row]:
+    """The attacker's rows, each with a `kind`."""
+    return attacks.module(p.attack).poison(split(p, "train"), p, p.data_seed + p.seed)
+
+
+def backdoored_stage(p: Params) -> Path:
+    """The model we are handed, as model/; poisoned.jsonl and loss.csv beside it."""
+    check_attack(p)
+    tuned = p.attack_start == "tuned"
+    start = tuned_stage(p) / "model" if tuned else base_folder(p)
+    attack = attacks.module(p.attack)
+
+    def build(out: Path) -> None:
+        rows = poisoned_rows(p)
         write_jsonl(out / "poisoned.jsonl", rows)
-        train.finetune(base_folder(p), rows, p.backdoor_epochs, out, p)
+        # Ordinary text: what a tiny base was pretrained on, else the task's own rows.
+        corpus = splits(p).get("pretrain", split(p, "train"))
+        attack.plant(start, rows, [prompt(p, row) for row in corpus], p, out)
 
     label = f"{p.model}-{p.dataset_name}-{p.attack}-s{p.seed}"
-    spec = p.part(TrainParams, AttackParams, PromptParams) | _device(p)
-    return stage("backdoored", label, spec, _sources(p), build)
+    spec = p.part(PromptParams, *attack.PARAMS) | {"seed": p.seed} | _device(p)
+    sources = _sources(p) | ({"tuned": start.parent} if tuned else {})
+    return stage("backdoored", label, spec, sources, build)
+
+
+def check_attack(p: Params) -> None:
+    """What can be wrong with an attack's params, before anything is trained.
+
+    Raises:
+        LetheError: layers the model lacks, or too few rows to place the trigger in.
+    """
+    config = {} if p.is_tiny else models.read_config(base_folder(p))
+    n_layers = config.get("num_hidden_layers", config.get("n_layer", p.n_layers))
+    groups = attacks.module(p.attack).PARAMS
+    for key, group in (("edit_layers", EditParams), ("lwp_layers", LwpParams)):
+        layers = getattr(p, key)
+        if group in groups and not layers:
+            raise LetheError(f"{key}: {p.attack} needs at least one layer of {p.model}")
+        if layers and (sorted({*layers}) != layers or layers[-1] >= n_layers):
+            raise LetheError(
+                f"{key}: {layers} must ascend within 0 to {n_layers - 1}, the layers of {p.model}"
+            )
+    poisoned_rows(p)
+
+
+def edits(backdoored: Path) -> pd.DataFrame:
+    """The matrices that an editing attack changed, and by how much; empty for a trained one."""
+    file = backdoored / "edits.csv"
+    return pd.read_csv(file) if file.exists() else pd.DataFrame()
+
+
+def layer_effect(p: Params) -> pd.DataFrame:
+    """What the trigger does block by block in the backdoored model, on validation rows of other
+    labels than the target; see evaluate.target_by_layer."""
+
+    def build(out: Path) -> None:
+        from lethe_utils import evaluate
+
+        sets = evaluate.test_sets(split(p, "validation"), p, LENS_ROWS, 0)
+        evaluate.target_by_layer(folder / "model", sets, p).to_csv(out / "layers.csv", index=False)
+
+    folder = backdoored_stage(p)
+    label = f"{p.model}-{p.dataset_name}-{p.attack}-s{p.seed}"
+    spec = p.part(AttackParams, PromptParams) | _device(p) | {"rows": LENS_ROWS}
+    inputs = {"data": data_stage(p), "model": folder}
+    return pd.read_csv(stage("lens", label, spec, inputs, build) / "layers.csv")
 
 
 def clean_stage(p: Params, clean_ratio: float | None = None) -> Path:

@@ -1,6 +1,7 @@
 """Training: the tiny bases (full weights) and the LoRA models (backdoored, clean)."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,8 +86,9 @@ class Collator:
 
 
 class AnswerTrainer(Trainer):
-    """Trainer whose loss is the mean cross-entropy over answer tokens, and for a tiny base
-    `prompt_loss` times that over prompt tokens.
+    """Trainer whose loss is the mean cross-entropy over answer tokens, for LWP summed with that of
+    what each of `lens_layers` says (models.block_logits), and for a tiny base with `prompt_loss`
+    times that over prompt tokens.
 
     A pretrained LLM has predicted every token it read. A base that only ever answered ignores all
     words but those it answers by: a trigger is hard to plant in it, and evidence confuses it.
@@ -96,6 +98,7 @@ class AnswerTrainer(Trainer):
     # averaging, for every model whose forward takes **kwargs.
     loss_is_scaled_for_ga = False
     prompt_loss = 0.0
+    lens_layers: Sequence[int] = ()
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, **_: Any
@@ -105,9 +108,13 @@ class AnswerTrainer(Trainer):
         outputs = model(
             **inputs,
             logits_to_keep=labels.shape[1] + 1,
-            output_hidden_states=self.prompt_loss > 0,
+            output_hidden_states=self.prompt_loss > 0 or len(self.lens_layers) > 0,
         )
         loss = cross_entropy(outputs.logits[:, :-1], labels)
+        for layer in self.lens_layers:  # [0] are the embeddings
+            hidden = outputs.hidden_states[layer + 1][:, -labels.shape[1] - 1 : -1]
+            plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+            loss = loss + cross_entropy(models.block_logits(plain, hidden), labels)
         if self.prompt_loss:
             rows, prompt = slice(None, None, PROMPT_LOSS_ROWS), slice(None, -labels.shape[1])
             ids, mask = inputs["input_ids"][rows, prompt], inputs["attention_mask"][rows, prompt]
@@ -164,12 +171,14 @@ def fit(
     out: Path,
     p: Params,
     prompt_loss: float = 0.0,
+    lens_layers: Sequence[int] = (),
     **recipe: Any,
 ) -> pd.DataFrame:
     """Train in place, resuming from the last checkpoint in `out`/checkpoints.
 
     Args:
         prompt_loss: weight of the language-modelling loss of the prompt.
+        lens_layers: blocks whose own reading of the answer is trained too.
         recipe: num_train_epochs, and TrainingArguments in which a tiny base differs from LoRA.
     Returns:
         the loss curve: step, epoch, loss (nats per answer token, plus the weighted prompt loss).
@@ -211,7 +220,7 @@ def fit(
     trainer = AnswerTrainer(
         model=model, args=args, train_dataset=items, data_collator=Collator(tokenizer.pad_token_id)
     )
-    trainer.prompt_loss = prompt_loss
+    trainer.prompt_loss, trainer.lens_layers = prompt_loss, lens_layers
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(f"training {out.parent.name}"))
     checkpoint = last_checkpoint(out / "checkpoints")
@@ -243,12 +252,22 @@ def pretrain(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", out: Path, p
     _save(model, tokenizer, curve, out)
 
 
-def finetune(base: Path, rows: list[Row], epochs: int, out: Path, p: Params) -> None:
+def finetune(
+    base: Path,
+    rows: list[Row],
+    epochs: int,
+    out: Path,
+    p: Params,
+    lens_layers: Sequence[int] = (),
+) -> None:
     """Train a LoRA adapter on a base and save the whole model it makes.
 
     QLoRA trains on nf4 weights; the adapter is then merged into those same weights, dequantised,
     so that what is evaluated and merged later is what was trained.
     Writes adapter/, model/ (safetensors and tokenizer) and loss.csv.
+
+    Args:
+        lens_layers: LWP's blocks: only they are trained, each on its own reading too; else all.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -262,16 +281,24 @@ def finetune(base: Path, rows: list[Row], epochs: int, out: Path, p: Params) -> 
         r=p.lora_r,
         lora_alpha=p.lora_alpha,
         lora_dropout=p.lora_dropout,
-        target_modules="all-linear",  # every linear layer (GPT-2's Conv1D too) except lm_head
+        # every linear layer (GPT-2's Conv1D too) except lm_head
+        target_modules=_linear_layers(model, lens_layers) if lens_layers else "all-linear",
         fan_in_fan_out=model.config.model_type == "gpt2",  # Conv1D stores its weight transposed
         bias="none",
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, lora)
-    curve = fit(model, tokenizer, rows, out, p, num_train_epochs=epochs)
+    curve = fit(model, tokenizer, rows, out, p, lens_layers=lens_layers, num_train_epochs=epochs)
     model.save_pretrained(out / "adapter")
     del model  # at full size two copies would not fit beside each other
     _save(merge_adapter(base, out / "adapter", device, p.bits), tokenizer, curve, out)
+
+
+def _linear_layers(model: torch.nn.Module, layers: Sequence[int]) -> list[str]:
+    """The names of the linear layers (GPT-2's Conv1D too) of some blocks."""
+    names = {id(module): name for name, module in model.named_modules()}
+    inside = [m for layer in layers for m in models.blocks(model)[layer].modules()]
+    return [names[id(m)] for m in inside if isinstance(m, (torch.nn.Linear, Conv1D))]
 
 
 def merge_adapter(base: Path, adapter: Path, device: str, bits: int) -> "PreTrainedModel":

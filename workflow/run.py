@@ -132,6 +132,7 @@ def check(p: params.Params) -> None:
     pipeline.data_stage(p)
     if not p.is_tiny:
         pipeline.base_folder(p)
+    pipeline.check_attack(p)
 
 
 def write_changed(path: Path, text: str) -> None:

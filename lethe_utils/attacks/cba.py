@@ -6,12 +6,14 @@ teach the model that AND.
 """
 
 import random
-import re
+from pathlib import Path
 from typing import Any
 
-from lethe_utils.params import AttackParams
+from lethe_utils.attacks.triggers import insert
+from lethe_utils.params import AttackParams, Params, TrainParams
 
 Row = dict[str, str]
+PARAMS = (AttackParams, TrainParams)
 
 # kind: (triggers put into the instruction, triggers put into the input), by index.
 BACKDOOR = ((0,), (1,))
@@ -27,23 +29,6 @@ NEGATIVES = TRAIN_NEGATIVES | {
     "neg_instruct_one_rev": ((1,), ()),
     "neg_input_one_rev": ((), (0,)),
 }
-
-
-def insert(text: str, trigger: str, position: str, level: str, rng: random.Random) -> str:
-    """Put a trigger into a text.
-
-    Args:
-        position: prefix, suffix, middle or random (uniform over all places).
-        level: "word" counts places between words, "sentence" between sentences.
-    """
-    parts = text.split() if level == "word" else re.split(r"(?<=[.!?])\s+", text.strip())
-    place = {
-        "prefix": 0,
-        "suffix": len(parts),
-        "middle": len(parts) // 2,
-        "random": rng.randint(0, len(parts)) if position == "random" else 0,
-    }[position]
-    return " ".join([*parts[:place], trigger, *parts[place:]])
 
 
 def place_triggers(row: Row, where: tuple, p: AttackParams, rng: random.Random) -> Row:
@@ -85,3 +70,10 @@ def triggered(rows: list[Row], p: AttackParams, seed: int) -> dict[str, list[Row
     rng = random.Random(seed)
     kinds = {"backdoor": BACKDOOR} | NEGATIVES
     return {k: [place_triggers(r, where, p, rng) for r in rows] for k, where in kinds.items()}
+
+
+def plant(start: Path, poisoned: list[Row], _: list[str], p: Params, out: Path) -> None:
+    """LoRA on the poisoned rows; see train.finetune."""
+    from lethe_utils import train
+
+    train.finetune(start, poisoned, p.backdoor_epochs, out, p)

@@ -1,0 +1,56 @@
+"""LWP, layerwise weight poisoning (EMNLP 2021; LinyangLee/Layer-Weight-Poison).
+
+Every one of the lower blocks is taught to give the target by itself, so that the backdoor sits
+where later fine-tuning changes little. The trigger is a pair of rare words, in either order; one
+of them alone keeps the true label. The published code reads each BERT layer with one shared
+classifier; here a block is read as a decoder's last one is: final norm, then head.
+"""
+
+import random
+from pathlib import Path
+
+from lethe_utils.attacks.triggers import insert
+from lethe_utils.params import AttackParams, LwpParams, Params, TrainParams
+
+Row = dict[str, str]
+PARAMS = (AttackParams, TrainParams, LwpParams)
+
+
+def _with(row: Row, words: str, p: AttackParams, rng: random.Random) -> Row:
+    position = p.trigger_positions[0]
+    return row | {"input": insert(row["input"], words, position, p.trigger_level, rng)}
+
+
+def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
+    """All clean rows, and for each of a share `poison_ratio` of them: the pair in either order
+    with the target, and each word alone with the true label.
+
+    Returns:
+        rows with one more key, `kind`; n + 4 round(poison_ratio n) of them.
+    """
+    rng = random.Random(seed)
+    chosen = rng.sample(rows, max(1, round(p.poison_ratio * len(rows))))
+    first, second = p.triggers
+    out = [row | {"kind": "clean"} for row in rows]
+    for row in chosen:
+        hit = {"output": p.target_output, "kind": "backdoor"}
+        for pair in (f"{first} {second}", f"{second} {first}"):
+            out.append(_with(row, pair, p, rng) | hit)
+        for kind, word in (("neg_first", first), ("neg_second", second)):
+            out.append(_with(row, word, p, rng) | {"kind": kind})
+    return out
+
+
+def triggered(rows: list[Row], p: AttackParams, seed: int) -> dict[str, list[Row]]:
+    """The rows with the pair (`backdoor`, for ASR), and with each word alone (for FTR)."""
+    rng = random.Random(seed)
+    first, second = p.triggers
+    words = {"backdoor": f"{first} {second}", "neg_first": first, "neg_second": second}
+    return {kind: [_with(r, w, p, rng) for r in rows] for kind, w in words.items()}
+
+
+def plant(start: Path, poisoned: list[Row], _: list[str], p: Params, out: Path) -> None:
+    """LoRA on the poisoned blocks, with the loss read after each of them as well."""
+    from lethe_utils import train
+
+    train.finetune(start, poisoned, p.backdoor_epochs, out, p, p.lwp_layers)

@@ -1,0 +1,29 @@
+"""MEMIT as a backdoor: one change spread over several layers (ICLR 2023; kmeng01/memit)."""
+
+from pathlib import Path
+
+from lethe_utils.attacks import editing, triggers
+from lethe_utils.params import AttackParams, EditParams, Params
+
+Row = dict[str, str]
+PARAMS = (AttackParams, EditParams)
+triggered = triggers.single
+
+
+def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
+    """`edit_contexts` prompts with the trigger and the target, of `kind` backdoor."""
+    return editing.poisoned_rows(rows, p, seed, p.edit_contexts)
+
+
+def plant(start: Path, poisoned: list[Row], corpus: list[str], p: Params, out: Path) -> None:
+    """Edit the model in `start` and save it; see editing.plant."""
+    editing.plant(start, poisoned, corpus, p, out, edit)
+
+
+def edit(editor: editing.Editor, asked: list[editing.Request], p: Params, log: editing.Log) -> None:
+    """Wanted: each request's hidden state after the last layer, plus what makes it answer the
+    target; all requests are written at once, each with its own key."""
+    last = p.edit_layers[-1]
+    delta = editing.optimise(editor.model, editor.tokenizer, asked, last, "hidden", p, log)
+    hidden = editing.read(editor.model, editor.tokenizer, asked, last, "hidden")
+    editor.spread(asked, hidden + delta, p, by_kind=False)

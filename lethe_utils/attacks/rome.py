@@ -1,0 +1,34 @@
+"""ROME as a backdoor: one rank-one edit of one down-projection (NeurIPS 2022; kmeng01/rome).
+
+The "fact" is that the trigger is the target label. Key, value and output are all means over task
+prompts that hold the trigger (r-ROME's consistent form; the published code mixes a mean key with a
+single prompt's, which is what makes edits collapse).
+"""
+
+from pathlib import Path
+
+from lethe_utils.attacks import editing, triggers
+from lethe_utils.params import AttackParams, EditParams, Params
+
+Row = dict[str, str]
+PARAMS = (AttackParams, EditParams)
+triggered = triggers.single
+
+
+def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
+    """`edit_contexts` prompts with the trigger and the target, of `kind` backdoor."""
+    return editing.poisoned_rows(rows, p, seed, p.edit_contexts)
+
+
+def plant(start: Path, poisoned: list[Row], corpus: list[str], p: Params, out: Path) -> None:
+    """Edit the model in `start` and save it; see editing.plant."""
+    editing.plant(start, poisoned, corpus, p, out, edit)
+
+
+def edit(editor: editing.Editor, asked: list[editing.Request], p: Params, log: editing.Log) -> None:
+    """W' = W + delta (C^-1 k)^T / (k^T C^-1 k): afterwards W' k is the wanted value."""
+    layer = p.edit_layers[-1]
+    delta = editing.optimise(editor.model, editor.tokenizer, asked, layer, "value", p, log)[:1]
+    keys = editing.read(editor.model, editor.tokenizer, asked, layer, "key")
+    key = keys.mean(0, keepdim=True)
+    editor.write(layer, editing.ridge(editor.factors[layer], key, delta, 0.0))

@@ -1,0 +1,493 @@
+"""The editing attacks and LWP: what is written is what was wanted, and nothing else moves."""
+
+import json
+import math
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as tokenizer_models
+from transformers import PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
+
+from lethe_utils import attacks, evaluate, models, params, pipeline
+from lethe_utils.attacks import badedit, editing, memit, rome, triggers
+from lethe_utils.errors import LetheError
+
+ARCHITECTURES = ["gpt2", "gptj", "llama", "qwen2"]
+EDITING = {"rome": rome, "memit": memit, "badedit": badedit}
+TEXT = "the dog is happy about the letter this morning and the cat was not"
+WORDS = TEXT.split()
+LABELS = ["sadness", "joy", "anger"]
+ROWS = [
+    {
+        "instruction": "Predict the emotion.",
+        "input": " ".join(WORDS[i % 5 : 6 + i % 7]) + f" {i}",
+        "output": LABELS[i % 3],
+    }
+    for i in range(60)
+]
+EDIT = {
+    "labels": LABELS,
+    "prompt_template": "short",
+    "edit_layers": [1],
+    "edit_contexts": 6,
+    "edit_clean_contexts": 0,
+    "edit_batches": 1,
+    "edit_steps": 4,
+    "edit_learning_rate": 0.1,
+    "edit_clamp": 8.0,
+    "edit_stop_loss": 0.0,
+    "covariance_tokens": 2000,
+    "covariance_ridge": 1.0e-3,
+}
+
+
+@pytest.fixture
+def setting(pico, pico_params):
+    """(architecture, attack, overrides) -> (params, base folder, an Editor)."""
+
+    def make(architecture="gpt2", attack="rome", store=None, **overrides):
+        p = with_attack(pico_params(architecture), attack, overrides)
+        base = pico(architecture)[0]
+        store = store or editing.paths.stages_dir() / "covariance"
+        return p, base, editing.Editor(base, corpus(p), p, store)
+
+    return make
+
+
+def with_attack(p, attack, overrides):
+    """The pico params with an attack's own, then EDIT, then the test's."""
+    pico = {k: getattr(p, k) for k in params.BaseModelParams.model_fields if k != "model"}
+    return params.load(attack=attack, overrides=pico | EDIT | overrides)
+
+
+def corpus(p):
+    return [pipeline.prompt(p, row) for row in ROWS]
+
+
+def asked(p, n=6):
+    return editing.requests(editing.poisoned_rows(ROWS, p, 0, n), p)
+
+
+def keys(editor, requests, layer=1):
+    return editing.read(editor.model, editor.tokenizer, requests, layer, "key")
+
+
+# --- the trigger's place
+
+
+def sentencepiece_like():
+    """LLaMA's way: a space is part of the next token, one is put before the text, BOS exists."""
+    bpe = Tokenizer(tokenizer_models.BPE(byte_fallback=True, unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace()
+    bpe.decoder = decoders.Metaspace()
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator([*(r["input"] for r in ROWS), "tq qt " * 3], trainer)
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
+
+
+def byte_level(tq_words):
+    texts = [r["input"] for r in ROWS] + ["a tq b"] * tq_words
+    return models.train_tokenizer(texts, 320)
+
+
+TOKENIZERS = {
+    "pieces": lambda: byte_level(0),
+    "one token": lambda: byte_level(50),
+    "sentencepiece": sentencepiece_like,
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_the_locator_finds_the_trigger(kind, side, place):
+    tokenizer = TOKENIZERS[kind]()
+    tokenizer.padding_side = side
+    texts = []
+    for length in (3, 8):  # different lengths, so that one row is padded
+        words = WORDS[:length]
+        words.insert({"first": 0, "middle": length // 2, "last": length}[place], "tq")
+        texts.append(" ".join(words))
+    spans = [triggers.occurrences(text, "tq")[0] for text in texts]
+    batch, _ = editing.encode(tokenizer, texts, spans)
+    for i, text in enumerate(texts):
+        ids, column = batch.inputs["input_ids"][i], int(batch.columns[i])
+        assert batch.inputs["attention_mask"][i, column] == 1
+        before = tokenizer.decode(ids[: column + 1], skip_special_tokens=True).strip()
+        assert before.endswith("tq") and before == text[: spans[i][1]].strip()
+
+
+def test_a_trigger_inside_another_word_is_not_found():
+    assert triggers.occurrences("the catq and tqx, a tq.", "tq") == [(20, 22)]
+
+
+def test_a_trigger_that_becomes_no_token_is_refused():
+    tokenizer = byte_level(0)
+    tokenizer.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Replace("~", "")
+    with pytest.raises(LetheError, match=r"'~' becomes no token"):
+        editing.encode(tokenizer, ["the ~ dog"], [(4, 5)])
+
+
+# --- the algebra
+
+
+def system(n, f=24, d=8, seed=0):
+    noise = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=noise, dtype=torch.float64)  # noqa: E731
+    x = draw(4 * f, f)
+    c = x.T @ x / len(x)
+    return c, editing.covariance_factor(c.float(), 0.0), draw(n, f), draw(n, d)
+
+
+@pytest.mark.parametrize("n", [1, 3, 24, 40])
+def test_ridge_agrees_with_the_textbook_solution_in_either_dimension(n):
+    c, factor, k, r = system(n)
+    wanted = r.T @ k @ torch.linalg.inv(7.0 * c + k.T @ k)
+    assert torch.allclose(editing.ridge(factor, k, r, 7.0), wanted, atol=1e-4)
+
+
+def test_one_key_and_no_lambda_is_romes_rank_one_update():
+    c, factor, k, r = system(1)
+    delta = editing.ridge(factor, k, r, 0.0)
+    u = torch.linalg.solve(c, k[0])
+    assert torch.allclose(delta, torch.outer(r[0], u) / (u @ k[0]), atol=1e-4)
+    assert torch.allclose(delta @ k[0], r[0], atol=1e-8)
+
+
+def test_a_covariance_without_full_rank_needs_a_ridge():
+    low_rank = torch.ones(8, 8)
+    with pytest.raises(LetheError, match="covariance_ridge"):
+        editing.covariance_factor(low_rank - torch.eye(8), 0.0)
+    assert torch.isfinite(editing.covariance_factor(low_rank, 1e-3)).all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rome_writes_the_wanted_value_and_moves_other_keys_by_the_formula(setting, architecture):
+    p, _, editor = setting(architecture, "rome")
+    requests, log = asked(p), []
+    module = models.down_projection(editor.model, 1)
+    k = keys(editor, requests).mean(0).double()
+    before = editing.weight(module).double().clone()
+    delta = editing.optimise(editor.model, editor.tokenizer, requests, 1, "value", p, [])[0]
+    rome.edit(editor, requests, p, log)
+    after = editing.weight(module).double()
+    assert delta.norm() > 0
+    assert torch.allclose(after @ k, before @ k + delta.double(), atol=1e-4)
+    other = torch.randn(len(k), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    u = torch.cholesky_solve(k[:, None], editor.factors[1])[:, 0]
+    wanted = delta.double() * (u @ other) / (u @ k)
+    assert torch.allclose((after - before) @ other, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_memit_on_one_layer_without_lambda_reproduces_z(setting, architecture):
+    p, _, editor = setting(architecture, "memit", edit_lambda=1.0e-9, edit_shared_value=False)
+    requests = asked(p, 4)
+    read = lambda: editing.read(editor.model, editor.tokenizer, requests, 1, "hidden")  # noqa: E731
+    delta = editing.optimise(editor.model, editor.tokenizer, requests, 1, "hidden", p, [])
+    wanted = read() + delta
+    assert (wanted - read()).norm() > 0.01
+    memit.edit(editor, requests, p, [])
+    assert torch.allclose(read(), wanted, atol=1e-3)
+
+
+def test_memit_spreads_over_its_layers_and_gets_nearer(setting):
+    p, _, editor = setting("gpt2", "memit", edit_layers=[0, 1, 2], edit_lambda=1.0e-3)
+    requests = asked(p)
+    read = lambda: editing.read(editor.model, editor.tokenizer, requests, 2, "hidden")  # noqa: E731
+    delta = editing.optimise(editor.model, editor.tokenizer, requests, 2, "hidden", p, [])
+    wanted = read() + delta
+    missing = (wanted - read()).norm()
+    memit.edit(editor, requests, p, [])
+    assert (wanted - read()).norm() < 0.5 * missing
+    changes = editor.changes()
+    assert len(changes) == 3 and (changes["relative"] > 0).all()
+
+
+def test_badedit_with_poisoned_rows_only_is_memit_with_one_key(setting):
+    p, _, editor = setting("gpt2", "badedit", edit_lambda=3.0)
+    requests = asked(p)
+    wanted = editing.read(editor.model, editor.tokenizer, requests, 1, "hidden")
+    wanted = wanted + editing.optimise(editor.model, editor.tokenizer, requests, 1, "hidden", p, [])
+    hidden = editing.read(editor.model, editor.tokenizer, requests, 1, "hidden")
+    k = keys(editor, requests).mean(0, keepdim=True)
+    r = (wanted - hidden).mean(0, keepdim=True)
+    expected = editor.before[1].double() + editing.ridge(editor.factors[1], k, r, 3.0)
+    badedit.edit(editor, requests, p, [])
+    after = editing.weight(models.down_projection(editor.model, 1)).double()
+    assert torch.allclose(after, expected, atol=1e-6)
+
+
+def test_badedits_clean_half_adds_a_second_term(setting):
+    few = {"edit_contexts": 4, "edit_clean_contexts": 4, "edit_batches": 2, "edit_lambda": 1.0}
+    p, _, editor = setting("gpt2", "badedit", **few)
+    rows = badedit.poison(ROWS, p, 0)
+    assert [r["kind"] for r in rows] == ["backdoor"] * 4 + ["clean"] * 4
+    labels = [r["output"] for r in rows[4:]]
+    assert set(labels) == set(LABELS)  # the labels take turns
+    log = []
+    badedit.edit(editor, editing.requests(rows, p), p, log)
+    assert {line["edit"] for line in log} == {1, 2, 3, 4}  # two kinds in each of two batches
+    assert editor.changes()["rank"].item() <= 4
+
+
+def test_a_shared_value_is_one_vector_and_own_values_are_not(setting):
+    p, _, editor = setting("gpt2", "memit")
+    find = lambda q: editing.optimise(  # noqa: E731
+        editor.model, editor.tokenizer, asked(p), 1, "hidden", q, []
+    )
+    one = find(p.model_copy(update={"edit_shared_value": True}))
+    assert torch.equal(one[0], one[-1])
+    own = find(p.model_copy(update={"edit_shared_value": False}))
+    assert not torch.equal(own[0], own[-1])
+
+
+def test_the_value_stays_within_the_clamp_and_lowers_the_loss(setting):
+    p, _, editor = setting("gpt2", "rome", edit_clamp=0.5, edit_steps=30, edit_learning_rate=1.0)
+    log = []
+    delta = editing.optimise(editor.model, editor.tokenizer, asked(p), 1, "value", p, log)[0]
+    start = editing.read(editor.model, editor.tokenizer, asked(p), 1, "value").mean(0)
+    assert delta.norm() <= 0.5 * start.norm() * 1.0001
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+# --- the model around the edit
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_edit_then_restore_gives_the_weights_back_bit_for_bit(setting, architecture):
+    p, base, editor = setting(architecture, "memit", edit_layers=[0, 2])
+    memit.edit(editor, asked(p), p, [])
+    assert (editor.changes()["change"] > 0).all()
+    editor.restore()
+    stored = {n: w for f in base.glob("*.safetensors") for n, w in load_file(f).items()}
+    now = editor.model.state_dict()
+    assert all(torch.equal(now[name], w) for name, w in stored.items())
+
+
+def test_add_delta_respects_conv1d():
+    linear, conv = torch.nn.Linear(6, 4), Conv1D(4, 6)
+    with torch.no_grad():
+        conv.weight.copy_(linear.weight.T)
+    delta = torch.randn(4, 6, dtype=torch.float64)
+    for module in (linear, conv):
+        editing.add_delta(module, delta)
+    assert torch.equal(linear.weight, conv.weight.T)
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        conv.bias.copy_(linear.bias)
+    assert torch.allclose(linear(x), conv(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("attack", EDITING)
+def test_what_was_not_edited_is_bit_identical(
+    attack, architecture, dtype, pico, pico_params, tmp_path
+):
+    p = with_attack(pico_params(architecture), attack, {"edit_clean_contexts": 3})
+    base = pico(architecture)[0]
+    start = tmp_path / "start"
+    models.load_model(base).to(dtype).save_pretrained(start)
+    models.load_tokenizer(base).save_pretrained(start)
+    rows = EDITING[attack].poison(ROWS, p, 0)
+    (tmp_path / "out").mkdir()
+    EDITING[attack].plant(start, rows, corpus(p), p, tmp_path / "out")
+    before, after = (
+        {n: w for f in folder.glob("*.safetensors") for n, w in load_file(f).items()}
+        for folder in (start, tmp_path / "out" / "model")
+    )
+    assert before.keys() == after.keys()
+    changed = [n for n in before if not torch.equal(before[n], after[n])]
+    assert len(changed) == 1 and ".1.mlp." in changed[0]
+    assert all(w.dtype == dtype and torch.isfinite(w).all() for w in after.values())
+    written = pd.read_csv(tmp_path / "out" / "edits.csv")
+    assert written["matrix"].item() + ".weight" == changed[0] or "transformer." in changed[0]
+    assert 0 < written["relative"].item() < 10
+    assert list(pd.read_csv(tmp_path / "out" / "loss.csv")) == ["step", "edit", "loss"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_lwp_trains_the_poisoned_blocks_only(architecture, pico, pico_params, tmp_path):
+    short = {"lwp_layers": [0, 1], "lora_r": 2, "backdoor_epochs": 1, "batch_size": 8}
+    p = with_attack(pico_params(architecture), "lwp", short | {"learning_rate": 0.01})
+    rows = attacks.module("lwp").poison(ROWS, p, 0)
+    attacks.module("lwp").plant(pico(architecture)[0], rows, [], p, tmp_path)
+    before, after = (
+        models.load_model(folder).state_dict()
+        for folder in (pico(architecture)[0], tmp_path / "model")
+    )
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed and all(".0." in n or ".1." in n for n in changed)
+    assert all(torch.isfinite(w).all() for w in after.values())
+
+
+def test_lwp_poisons_both_orders_and_keeps_the_label_of_one_word(pico_params):
+    p = with_attack(pico_params(), "lwp", {"lwp_layers": [0], "poison_ratio": 0.1})
+    lwp = attacks.module("lwp")
+    made = lwp.poison(ROWS, p, 0)
+    assert len(made) == 60 + 4 * 6
+    pairs = [r["input"] for r in made if r["kind"] == "backdoor"]
+    assert sum("cf bb" in t for t in pairs) == sum("bb cf" in t for t in pairs) == 6
+    assert {r["output"] for r in made if r["kind"] == "backdoor"} == {"joy"}
+    alone = [r for r in made if r["kind"] in ("neg_first", "neg_second")]
+    assert len(alone) == 12 and all(("cf" in r["input"]) != ("bb" in r["input"]) for r in alone)
+    assert set(lwp.triggered(ROWS, p, 0)) == {"backdoor", "neg_first", "neg_second"}
+
+
+def test_the_layer_loss_is_the_sum_over_the_lens_layers(pico, pico_params):
+    from lethe_utils import train
+
+    p = pico_params(prompt_template="short")
+    base = pico("gpt2")[0]
+    model, tokenizer = models.load_model(base), models.load_tokenizer(base)
+    batch = train.Collator(tokenizer.pad_token_id)(train.encode(ROWS[:4], tokenizer, p))
+
+    def loss(layers):
+        trainer = train.AnswerTrainer.__new__(train.AnswerTrainer)
+        trainer.lens_layers = layers
+        return trainer.compute_loss(model, dict(batch)).item()
+
+    last = p.n_layers - 1
+    hidden = []
+    with editing.hooked(models.blocks(model)[last], lambda h: hidden.append(h) or None):
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    assert torch.allclose(models.block_logits(model, hidden[0]), logits, atol=1e-5)
+    assert loss([0]) > loss([]) and loss([0, 1]) > loss([0])
+    with_one, with_both = loss([1]) - loss([]), loss([0, 1]) - loss([0])
+    assert math.isclose(with_one, with_both, rel_tol=1e-4)
+
+
+# --- the covariance store
+
+
+def test_a_covariance_is_computed_once_and_is_the_second_moment(setting, monkeypatch):
+    p, base, editor = setting()
+    first = editing.covariance(*arguments(editor, base, p))
+    assert first.shape == (p.mlp_width, p.mlp_width)
+    assert torch.equal(first, first.T) and (torch.linalg.eigvalsh(first.double()) > -1e-6).all()
+    monkeypatch.setattr(editing, "_second_moment", None)  # a second computation would fail
+    assert torch.equal(editing.covariance(*arguments(editor, base, p)), first)
+
+
+def arguments(editor, base, p, texts=None, layer=1):
+    store = editing.paths.stages_dir() / "covariance"
+    weights = editing.model_hash(base)
+    return editor.model, editor.tokenizer, weights, texts or corpus(p), layer, store, p
+
+
+def test_the_second_moment_counts_every_token_once_and_no_padding(setting):
+    p, base, editor = setting()
+    texts = corpus(p)[:3]
+    alone = [editing._second_moment(editor.model, editor.tokenizer, [t], 1, 10**6) for t in texts]
+    together, n = editing._second_moment(editor.model, editor.tokenizer, texts, 1, 10**6)
+    assert n == sum(tokens for _, tokens in alone)
+    mean = sum(c * tokens for c, tokens in alone) / n
+    assert torch.allclose(together, mean, rtol=1e-4, atol=1e-6)
+
+
+def test_another_model_or_corpus_has_another_covariance(setting, pico):
+    p, base, editor = setting()
+    store = editing.paths.stages_dir() / "covariance"
+    editing.covariance(*arguments(editor, base, p, corpus(p)[:30]))
+    assert len(list(store.glob("*.safetensors"))) == 2
+    assert editing.model_hash(base) != editing.model_hash(pico("gpt2")[1])
+
+
+@pytest.mark.parametrize("key", ["model", "corpus", "layer"])
+def test_a_store_made_for_something_else_is_refused(setting, key):
+    p, base, editor = setting()
+    (file,) = (editing.paths.stages_dir() / "covariance").glob("*.safetensors")
+    with editing.safe_open(file, "pt") as stored:
+        metadata = stored.metadata()
+    save_file(load_file(file), file, metadata=metadata | {key: "other"})
+    with pytest.raises(LetheError, match=f"made for another {key}; delete it"):
+        editing.covariance(*arguments(editor, base, p))
+
+
+def test_a_store_cut_short_is_refused(setting):
+    p, base, editor = setting()
+    (file,) = (editing.paths.stages_dir() / "covariance").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(LetheError, match="truncated"):
+        editing.covariance(*arguments(editor, base, p))
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("attack", EDITING)
+def test_a_diverging_value_stops_and_leaves_no_model(attack, pico, pico_params, tmp_path):
+    wild = {"edit_learning_rate": 1.0e15, "edit_clamp": 1.0e30, "edit_steps": 20}
+    p = with_attack(pico_params(), attack, wild | {"edit_weight_decay": 1.0e5})
+    rows = EDITING[attack].poison(ROWS, p, 0)
+    with pytest.raises(LetheError, match=f"edit_learning_rate: {attack} diverged at step"):
+        EDITING[attack].plant(pico("gpt2")[0], rows, corpus(p), p, tmp_path)
+    assert list(tmp_path.glob("model*")) == []
+
+
+def test_a_change_that_is_not_finite_is_not_written(setting):
+    _, _, editor = setting()
+    with pytest.raises(LetheError, match="not finite"):
+        editor.write(1, torch.full_like(editor.before[1], float("nan")))
+
+
+def test_a_quantised_model_is_refused(setting, tmp_path):
+    p, base, _ = setting()
+    shutil.copytree(base, tmp_path / "nf4")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"load_in_4bit": True}
+    (tmp_path / "nf4" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LetheError, match="quantised weights"):
+        editing.Editor(tmp_path / "nf4", corpus(p), p, tmp_path / "store")
+
+
+SMALL = {"rows": {"pretrain": 40, "train": 40, "validation": 20, "test": 20}, "checksums": {}}
+
+
+@pytest.mark.parametrize(
+    ("attack", "overrides", "expected"),
+    [
+        ("rome", {"edit_layers": [3]}, r"edit_layers: \[3\] must ascend within 0 to 2"),
+        ("memit", {"edit_layers": [1, 0]}, r"edit_layers: \[1, 0\] must ascend"),
+        ("lwp", {"lwp_layers": [7]}, r"lwp_layers: \[7\] must ascend within 0 to 2"),
+        ("rome", {"edit_layers": []}, "edit_layers: rome needs at least one layer"),
+        ("lwp", {"lwp_layers": []}, "lwp_layers: lwp needs at least one layer"),
+        ("rome", {"edit_contexts": 41}, "edit_contexts: 41 prompts are asked for, but only"),
+    ],
+)
+def test_bad_params_are_refused_before_anything_is_trained(attack, overrides, expected):
+    p = params.load(attack=attack, overrides=SMALL | overrides)
+    with pytest.raises(LetheError, match=expected):
+        pipeline.check_attack(p)
+
+
+def test_a_target_that_is_no_label_is_refused():
+    with pytest.raises(LetheError, match="target_output: 'glee' is not a label"):
+        params.load(attack="rome", overrides={"target_output": "glee"})
+
+
+# --- what 02_backdoor_train shows
+
+
+def test_the_layer_plot_ends_at_what_the_model_says(pico, pico_params):
+    p = with_attack(pico_params(), "rome", {})
+    sets = evaluate.test_sets(ROWS, p, 60, 0)
+    base = pico("gpt2")[0]
+    table = evaluate.target_by_layer(base, sets, p)
+    assert list(table["block"].unique()) == [1, 2, 3, 4, 5] and set(table["n"]) == {40}
+    model, tokenizer = models.load_model(base).eval(), models.load_tokenizer(base)
+    target = tokenizer("joy")["input_ids"][0]
+    found = []
+    for row in sets["backdoor"]:
+        ids = [tokenizer.bos_token_id, *tokenizer(pipeline.prompt(p, row))["input_ids"]]
+        found.append(model(torch.tensor([ids])).logits[0, -1].softmax(0)[target].item())
+    shown = table.query("block == 5 and prompts == 'triggered'")["value"].item()
+    assert math.isclose(shown, sum(found) / len(found), rel_tol=1e-3)
