@@ -203,11 +203,69 @@ def _curves(ax: Axes, scored: pd.DataFrame) -> None:
     ax.xaxis.set_major_formatter("{x:g}")
 
 
-def loss_curve(curve: pd.DataFrame, title: str) -> Figure:
-    """Training loss against epochs.
+def attacks(table: pd.DataFrame, allow_mixed: bool = False) -> Figure:
+    """ASR before and after each merge, a panel per attack on one model and data set.
 
     Args:
-        curve: step, epoch, loss (nats per token), as train.fit returns it.
+        table: results (results.COLUMNS) of one model and data set; seeds are pooled, whiskers are
+            95 % Wilson intervals. `none` is the model before any merge, `base` the floor.
+    Raises:
+        LetheError: see tables.select, or there is no ASR.
+    """
+    rows = tables.on_test(table, allow_mixed)
+    rows = rows[(rows["metric"] == "asr") & rows["defense"].isin(["none", "base", *tables.MERGES])]
+    if rows.empty:
+        raise LetheError("results table: no asr rows to plot")
+    setups = _setups(tables.pool(rows, tables.SETUP))
+    first = setups[0].iloc[0]
+    with _style():
+        lines = -(-len(setups) // 2)
+        figure = _figure(0.6 + 1.5 * lines)
+        figure.suptitle(_say_tiny(f"{first['model']}, {first['dataset']}: ASR (lower is better)"))
+        grid = figure.subplots(lines, min(2, len(setups)), sharex=True, sharey=True, squeeze=False)
+        for ax in grid.flat[len(setups) :]:
+            ax.set_visible(False)
+        for ax, setup in zip(grid.flat, setups, strict=False):
+            _bar_panel(ax, setup, list(setup["defense"].unique()))
+            seeds = int(setup["seeds"].max())
+            ax.set_title(f"{setup.iloc[0]['attack']}, {seeds} seed{'s' * (seeds > 1)}")
+        handles = [Patch(lw=0.3, **EVIDENCE[e]) for e in sorted(rows["evidence"].unique())]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2)
+        return _finished(figure)
+
+
+def layer_effect(layers: pd.DataFrame, title: str) -> Figure:
+    """The probability of the target after each block, with and without the trigger.
+
+    Args:
+        layers: block, prompts, value, ci_low, ci_high, as evaluate.target_by_layer returns it.
+    Raises:
+        LetheError: there is no row.
+    """
+    if layers.empty:
+        raise LetheError("layer effect: no rows; no validation row has another label")
+    with _style():
+        figure = _figure(2.0)
+        ax = figure.subplots()
+        for (name, line), look in zip(
+            layers.groupby("prompts", sort=False), METRICS.values(), strict=True
+        ):
+            style = {k: look[k] for k in ("color", "marker", "ls")}
+            ax.plot(line["block"], line["value"], label=name, **style)
+            band = {"color": look["color"], "alpha": 0.2, "lw": 0}
+            ax.fill_between(line["block"], line["ci_low"], line["ci_high"], **band)
+        ax.set(xlabel="read after block", ylabel="probability of the target")
+        ax.set(ylim=(-0.05, 1.05), title=_say_tiny(title))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside lower center", ncols=2)
+        return _finished(figure)
+
+
+def loss_curve(curve: pd.DataFrame, title: str) -> Figure:
+    """Training loss against epochs, or an edit's against optimiser steps.
+
+    Args:
+        curve: step, loss (nats per token), and epoch (a training) or edit (an editing attack).
     Raises:
         LetheError: there is no row.
     """
@@ -216,8 +274,12 @@ def loss_curve(curve: pd.DataFrame, title: str) -> Figure:
     with _style():
         figure = _figure(1.9)
         ax = figure.subplots()
-        ax.plot(curve["epoch"], curve["loss"], marker="o", markersize=2, color=COLOURS[0])
-        ax.set(xlabel=f"epoch ({int(curve['step'].max())} steps in all)")
+        x = curve["epoch"] if "epoch" in curve else curve["step"]
+        ax.plot(x, curve["loss"], marker="o", markersize=2, color=COLOURS[0])
+        if "epoch" in curve:
+            ax.set(xlabel=f"epoch ({int(curve['step'].max())} steps in all)")
+        else:
+            ax.set(xlabel=f"step ({int(curve['edit'].max())} optimised values)")
         ax.set(ylabel="loss (nats per token)", title=_say_tiny(title))
         ax.set_ylim(bottom=0)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))

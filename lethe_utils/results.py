@@ -81,6 +81,18 @@ def measure_sweeps(p: Params) -> pd.DataFrame:
     return pd.DataFrame(out, columns=SWEEP_COLUMNS)
 
 
+def first_look(p: Params) -> pd.DataFrame:
+    """ASR and CDA of the backdoored model and of the base on validation rows, before any defense:
+    defense, metric, value, n, ci_low, ci_high."""
+    folders = {"none": pipeline.backdoored_stage(p) / "model", "base": pipeline.base_folder(p)}
+    out = []
+    for defense, folder in folders.items():
+        file = pipeline.predictions_file(p, defense, folder, 0, "validation", p.sweep_items, 0)
+        out += rows(p, read_jsonl(file), "validation")
+    kept = ["defense", "metric", "value", "n", "ci_low", "ci_high"]
+    return pd.DataFrame(out)[kept].round(3)
+
+
 def side_by_side(p: Params, defense: str, rows: int) -> pd.DataFrame:
     """The same triggered test inputs, answered by the backdoored and by a purified model."""
     folders = pipeline.compared_models(p)
@@ -180,7 +192,8 @@ def read_released() -> tuple[pd.DataFrame, pd.DataFrame]:
         params = json.loads((folder / "params.json").read_text("utf8")) | {"seed": None}
         setup = (params["model"], params["dataset"], params["attack"])
         first, wanted = setups.setdefault(setup, (folder, params))
-        changed = sorted(k for k in {*params, *wanted} if params.get(k) != wanted.get(k))
+        # Keys that only one has are of code that came later: they cannot have mattered before.
+        changed = sorted(k for k in params.keys() & wanted.keys() if params[k] != wanted[k])
         if changed:
             raise LetheError(
                 f"{folder} and {first}: same model, dataset and attack, but other "

@@ -25,6 +25,7 @@ PAPER = "paper: "
 PAPER_MODELS = {"gpt2-xl": "GPT2-XL", "llama-2-7b": "Llama-2", "deepseek-r1-7b": "DeepSeek-R1"}
 FULL_MODELS = {
     "tiny-gpt2": "gpt2-xl",
+    "tiny-gpt2-sub": "gpt2-xl",
     "tiny-gptj": "gpt-j-6b",
     "tiny-llama": "llama-7b",
     "tiny-llama2": "llama-2-7b",
@@ -36,6 +37,11 @@ TABLE_2_CAPTION = (
     "The defense none is the backdoored model as it stands. Columns that start with 'paper:' are "
     "the paper's own Table 2, measured on its full-size model ('paper: model'); all others are "
     "measured here."
+)
+
+DROPS_CAPTION = (
+    "ASR and CDA of the backdoored model and after SLERP + evidence, with 95 % Wilson intervals "
+    "over the test items of all seeds. Columns that start with 'paper:' are the paper's own."
 )
 
 
@@ -215,6 +221,45 @@ def paper_means() -> pd.DataFrame:
     paper = _paper()
     values = [c for c in paper if c.startswith(PAPER)]
     return paper.groupby("metric")[values].mean().round(3).reset_index()
+
+
+def drop_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
+    """What Lethe (SLERP + evidence) takes from ASR and CDA, beside what the paper's takes.
+
+    Returns:
+        text columns model, dataset, attack, seeds, metric, backdoored, `slerp + evidence`, change;
+        then `paper: model`, `paper: Backdoored`, `paper: LETHE`, `paper: change`, blank where the
+        paper has no such row. Setups without both are left out.
+    Raises:
+        LetheError: see select.
+    """
+    scored = pool(on_test(table, allow_mixed), SETUP)
+    scored = scored[scored["metric"].isin(["asr", "cda"])]
+    lines = []
+    for keys, group in scored.groupby([*SETUP, "metric"], sort=False):
+        value = group.set_index("name")["value"]
+        if not {"none", "slerp + evidence"} <= {*value.index}:
+            continue
+        cells = dict(zip(group["name"], _cells(group), strict=True))
+        line = dict(zip([*SETUP, "metric"], keys, strict=True)) | {
+            "seeds": str(group["seeds"].max())
+        }
+        line |= {"backdoored": cells["none"], "slerp + evidence": cells["slerp + evidence"]}
+        lines.append(line | {"change": signed(value["slerp + evidence"] - value["none"])})
+    columns = [*SETUP, "seeds", "metric", "backdoored", "slerp + evidence", "change"]
+    ours = pd.DataFrame(lines, columns=columns)
+    ours["metric"] = ours["metric"].str.upper()
+    out = _beside_paper(ours)
+    there = out[f"{PAPER}LETHE"] != ""
+    theirs = out.loc[there, [f"{PAPER}Backdoored", f"{PAPER}LETHE"]].astype(float)
+    change = (theirs[f"{PAPER}LETHE"] - theirs[f"{PAPER}Backdoored"]).map(signed)
+    out[f"{PAPER}change"] = change.reindex(out.index).fillna("")
+    return out[[*columns, *(PAPER + c for c in ("model", "Backdoored", "LETHE", "change"))]]
+
+
+def signed(value: float) -> str:
+    """A difference of two shares: -.959, +.012."""
+    return f"{value:+.3f}".replace("0.", ".", 1)
 
 
 def ftr_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
