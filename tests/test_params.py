@@ -16,6 +16,8 @@ GROUPS = (
     params.PromptParams,
     params.TrainParams,
     params.AttackParams,
+    params.EditParams,
+    params.LwpParams,
     params.CleanParams,
     params.MergeParams,
     params.EvaluateParams,
@@ -31,6 +33,7 @@ def tree(monkeypatch, tmp_path):
 
     def write(file, lines):
         path = tmp_path / "params" / file
+        path.parent.mkdir(exist_ok=True)
         # The last of two equal keys wins, so adding a line overrules the file's own value.
         path.write_text((path.read_text("utf8") if path.exists() else "") + "\n" + lines + "\n")
 
@@ -92,6 +95,10 @@ def test_no_number_in_a_params_file_lacks_its_dot(file):
         ("attacks/cba.yaml", "poison_ratio: 0.0", "poison_ratio: "),
         ("attacks/cba.yaml", "poison_ratio: 1.5", "poison_ratio: "),
         ("attacks/cba.yaml", "triggers: [one]", "triggers, trigger_positions: cba needs two"),
+        ("attacks/cba.yaml", "edit_clamp: 0.0", "edit_clamp: "),
+        ("attacks/cba.yaml", "edit_lambda: -1.0", "edit_lambda: "),
+        ("attacks/cba.yaml", "edit_layers: [-1]", "edit_layers: "),
+        ("attacks/cba.yaml", "attack_start: clean", "attack_start: "),
         ("attacks/cba.yaml", "triggers: ['a|b', c]", "'a|b' is not a trigger"),
         ("attacks/cba.yaml", "triggers: ['  ', c]", "'  ' is not a trigger"),
         ("attacks/cba.yaml", "trigger_positions: [random, end]", "trigger_positions: "),
@@ -151,7 +158,8 @@ def test_what_decides_the_files_cannot_be_overridden_afterwards(name):
 
 
 def test_later_layers_win(tree):
-    # base < dataset < profile < profile on this data set < model < attack < defense < command line
+    # base < dataset < profile < profile on this data set < model < attack < attack on this model <
+    # defense < command line
     order = [
         "base.yaml",
         "datasets/embedded.yaml",
@@ -159,6 +167,8 @@ def test_later_layers_win(tree):
         "profiles/tiny-embedded.yaml",
         "models/tiny-gpt2.yaml",
         "attacks/cba.yaml",
+        "attacks/cba/tiny.yaml",
+        "attacks/cba/tiny-gpt2.yaml",
         "defenses/lethe.yaml",
     ]
     for number, file in enumerate(order, 1):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lethe_utils import params, pipeline
+from lethe_utils import attacks, params, pipeline
 from lethe_utils.stages import read_jsonl
 
 SMALL = {"rows": {"pretrain": 40, "train": 2000, "validation": 20, "test": 20}, "checksums": {}}
@@ -62,6 +62,8 @@ def test_a_stage_changes_with_its_own_params_only(change, changed):
 def test_a_full_models_stages_change_with_its_prompt(monkeypatch, tmp_path):
     # Its base comes from the hub whatever the prompt, so the prompt must count for itself.
     monkeypatch.setattr(pipeline, "base_folder", lambda _: tmp_path / "hub")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text('{"n_layer": 48}')
     names = {
         pipeline.backdoored_stage(
             params.load("gpt2-xl", overrides=SMALL | {"bits": 16, "prompt_template": template})
@@ -69,3 +71,37 @@ def test_a_full_models_stages_change_with_its_prompt(monkeypatch, tmp_path):
         for template in ("alpaca", "short")
     }
     assert len(names) == 2
+
+
+def test_attacks_share_the_base_and_the_clean_model_and_a_tuned_one(monkeypatch):
+    started = {}
+
+    def plant(start, rows, corpus, p, out):
+        started[p.attack] = (start, {row["kind"] for row in rows}, len(corpus))
+
+    for name in attacks.REGISTRY:
+        monkeypatch.setattr(attacks.module(name), "plant", plant)
+    clean, tuned = set(), set()
+    for name in attacks.REGISTRY:
+        start = {} if name == "cba" else {"attack_start": "tuned"}
+        p = params.load(attack=name, overrides=SMALL | {"base_evidence_share": 0.0} | start)
+        pipeline.backdoored_stage(p)
+        clean.add(pipeline.clean_stage(p))
+        tuned.add(started[name][0])
+    assert len(clean) == 1
+    assert tuned == {pipeline.base_folder(p), pipeline.tuned_stage(p) / "model"}
+    assert started["rome"][1] == {"backdoor"} and started["rome"][2] == 40  # the pretraining half
+    assert started["badedit"][1] == {"backdoor", "clean"}
+
+
+def test_an_edits_params_change_its_model_and_no_other():
+    def folders(attack, **overrides):
+        p = params.load(attack=attack, overrides=SMALL | {"base_evidence_share": 0.0} | overrides)
+        return pipeline.base_folder(p), pipeline.clean_stage(p), backdoored_name(p)
+
+    def backdoored_name(p):
+        return p.part(*attacks.module(p.attack).PARAMS)
+
+    assert folders("cba") == folders("cba", edit_steps=3)
+    before, after = folders("rome"), folders("rome", edit_steps=3)
+    assert before[:2] == after[:2] and before[2] != after[2]

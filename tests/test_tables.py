@@ -328,3 +328,47 @@ def test_figure_files_have_the_same_bytes_each_time(tmp_path):
 
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     assert b"CreationDate" not in (tmp_path / "one" / "figure_1_asr_cda_bars.pdf").read_bytes()
+
+
+def test_the_drop_is_what_slerp_and_evidence_take_beside_the_papers():
+    rome = {"attack": "rome", "dataset": "emotion"}
+    table = tables.drop_table(frame(*a_run(**rome), row(attack="lwp", dataset="emotion")))
+    assert table["metric"].tolist() == ["CDA", "ASR"] or table["metric"].tolist() == ["ASR", "CDA"]
+    asr = table.set_index("metric").loc["ASR"]
+    assert asr["backdoored"].startswith(".900 [") and asr["slerp + evidence"].startswith(".100 [")
+    assert asr["change"] == "-.800"
+    paper = asr[["paper: model", "paper: Backdoored", "paper: LETHE", "paper: change"]].tolist()
+    assert paper == ["GPT2-XL", ".733", ".002", "-.731"]
+
+
+def test_a_drop_without_a_cell_in_the_paper_leaves_its_columns_blank():
+    table = tables.drop_table(frame(*a_run()))
+    assert (table[[c for c in table if c.startswith("paper:")]] == "").all(axis=None)
+    assert tables.signed(0.0123) == "+.012" and tables.signed(-1.0) == "-1.000"
+
+
+def test_one_panel_per_attack_with_the_asr_before_and_after_each_merge():
+    figure = plots.attacks(frame(*a_run(), *a_run(attack="rome"), *a_run(attack="lwp")))
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    assert [ax.get_title().split(",")[0] for ax in shown] == ["cba", "rome", "lwp"]
+    assert "tiny twin" in figure.get_suptitle()
+    names = [label.get_text() for label in shown[0].get_yticklabels()]
+    assert names == ["none\n(backdoored)", "base", "slerp"]
+    with pytest.raises(LetheError, match="no asr rows"):
+        plots.attacks(frame(row(metric="cda")))
+
+
+def test_the_layer_effect_has_a_line_with_and_without_the_trigger():
+    ends = {"ci_low": 0.1, "ci_high": 0.9, "n": 5}
+    kinds = ("triggered", "without trigger")
+    lines = [{"block": b, "prompts": k, "value": 0.5} | ends for k in kinds for b in (1, 2, 3)]
+    (ax,) = plots.layer_effect(pd.DataFrame(lines), "tiny-gpt2: rome").axes
+    assert [line.get_label() for line in ax.lines] == list(kinds)
+    with pytest.raises(LetheError, match="no rows"):
+        plots.layer_effect(pd.DataFrame(columns=["block"]), "x")
+
+
+def test_the_loss_of_an_edit_is_plotted_against_its_steps():
+    log = pd.DataFrame({"step": [1, 2, 3], "edit": [1, 1, 2], "loss": [3.0, 1.0, 2.0]})
+    (ax,) = plots.loss_curve(log, "rome").axes
+    assert ax.get_xlabel() == "step (2 optimised values)"
