@@ -25,7 +25,6 @@ PAPER = "paper: "
 PAPER_MODELS = {"gpt2-xl": "GPT2-XL", "llama-2-7b": "Llama-2", "deepseek-r1-7b": "DeepSeek-R1"}
 FULL_MODELS = {
     "tiny-gpt2": "gpt2-xl",
-    "tiny-gpt2-sub": "gpt2-xl",
     "tiny-gptj": "gpt-j-6b",
     "tiny-llama": "llama-7b",
     "tiny-llama2": "llama-2-7b",
