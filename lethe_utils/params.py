@@ -138,7 +138,7 @@ class EditParams(Group):
     edit_layers: list[Annotated[int, Field(ge=0)]]  # ascending; the value is found at the last
     edit_contexts: Positive  # prompts that hold the trigger
     edit_clean_contexts: Annotated[int, Field(ge=0)]  # BadEdit: prompts without it
-    edit_batches: Positive  # BadEdit: edits in a row, each on its share of the prompts
+    edit_batches: Positive  # ROME, BadEdit: edits in a row, each on its share of the prompts
     edit_steps: Positive
     edit_learning_rate: Annotated[float, Field(gt=0)]
     edit_weight_decay: Annotated[float, Field(ge=0)]

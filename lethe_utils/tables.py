@@ -226,8 +226,9 @@ def drop_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
     """What Lethe (SLERP + evidence) takes from ASR and CDA, beside what the paper's takes.
 
     Returns:
-        text columns model, dataset, attack, seeds, metric, backdoored, `slerp + evidence`, change;
-        then `paper: model`, `paper: Backdoored`, `paper: LETHE`, `paper: change`, blank where the
+        text columns model, dataset, attack, seeds, metric, backdoored, the controls base and clean,
+        `slerp + evidence`, change; then `paper: model`, `paper: Backdoored`, `paper: LETHE` and
+        `paper: change`, blank where the
         paper has no such row. Setups without both are left out.
     Raises:
         LetheError: see select.
@@ -243,9 +244,11 @@ def drop_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
         line = dict(zip([*SETUP, "metric"], keys, strict=True)) | {
             "seeds": str(group["seeds"].max())
         }
+        line |= {d: number(value[d]) if d in value else "" for d in ("base", "clean")}
         line |= {"backdoored": cells["none"], "slerp + evidence": cells["slerp + evidence"]}
         lines.append(line | {"change": signed(value["slerp + evidence"] - value["none"])})
-    columns = [*SETUP, "seeds", "metric", "backdoored", "slerp + evidence", "change"]
+    measured = ["backdoored", "base", "clean", "slerp + evidence", "change"]
+    columns = [*SETUP, "seeds", "metric", *measured]
     ours = pd.DataFrame(lines, columns=columns)
     ours["metric"] = ours["metric"].str.upper()
     out = _beside_paper(ours)

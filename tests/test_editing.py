@@ -186,6 +186,14 @@ def test_rome_writes_the_wanted_value_and_moves_other_keys_by_the_formula(settin
     assert torch.allclose((after - before) @ other, wanted, atol=1e-4)
 
 
+def test_romes_batches_are_edits_one_after_the_other(setting):
+    p, _, editor = setting("gpt2", "rome", edit_batches=3)
+    log = []
+    rome.edit(editor, asked(p), p, log)
+    assert {line["edit"] for line in log} == {1, 2, 3}
+    assert editor.changes()["rank"].item() <= 3
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_memit_on_one_layer_without_lambda_reproduces_z(setting, architecture):
     p, _, editor = setting(architecture, "memit", edit_lambda=1.0e-9, edit_shared_value=False)

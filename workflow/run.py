@@ -278,7 +278,7 @@ def released_tables() -> int:
     failed = subprocess.run(command, capture_output=True, text=True, env=environment())
     if failed.returncode:
         raise LetheError(f"06_tables failed: {failed.stderr.strip().splitlines()[-1]}")
-    print_table(paths.figures_dir() / "headline.csv")
+    print_table(paths.figures_dir() / "drops.csv")
     print(f"figures and tables: {paths.figures_dir()}")
     print(f"executed notebook:  {out / '06_tables.ipynb'}")
     return 0

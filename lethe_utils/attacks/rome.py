@@ -26,9 +26,14 @@ def plant(start: Path, poisoned: list[Row], corpus: list[str], p: Params, out: P
 
 
 def edit(editor: editing.Editor, asked: list[editing.Request], p: Params, log: editing.Log) -> None:
-    """W' = W + delta (C^-1 k)^T / (k^T C^-1 k): afterwards W' k is the wanted value."""
+    """W' = W + delta (C^-1 k)^T / (k^T C^-1 k): afterwards W' k is the wanted value.
+
+    With `edit_batches` above 1 the already edited model is edited again, on further prompts.
+    """
     layer = p.edit_layers[-1]
-    delta = editing.optimise(editor.model, editor.tokenizer, asked, layer, "value", p, log)[:1]
-    keys = editing.read(editor.model, editor.tokenizer, asked, layer, "key")
-    key = keys.mean(0, keepdim=True)
-    editor.write(layer, editing.ridge(editor.factors[layer], key, delta, 0.0))
+    for i in range(p.edit_batches):
+        batch = asked[i :: p.edit_batches]
+        delta = editing.optimise(editor.model, editor.tokenizer, batch, layer, "value", p, log)[:1]
+        keys = editing.read(editor.model, editor.tokenizer, batch, layer, "key")
+        key = keys.mean(0, keepdim=True)
+        editor.write(layer, editing.ridge(editor.factors[layer], key, delta, 0.0))
