@@ -144,7 +144,7 @@ def poisoned_rows(p: Params) -> list[Row]:
 
 def backdoored_stage(p: Params) -> Path:
     """The model we are handed, as model/; poisoned.jsonl and loss.csv beside it."""
-    check_attack(p)
+    check_layers(p)
     tuned = p.attack_start == "tuned"
     start = tuned_stage(p) / "model" if tuned else base_folder(p)
     attack = attacks.module(p.attack)
@@ -168,6 +168,12 @@ def check_attack(p: Params) -> None:
     Raises:
         LetheError: layers the model lacks, or too few rows to place the trigger in.
     """
+    check_layers(p)
+    poisoned_rows(p)
+
+
+def check_layers(p: Params) -> None:
+    """Raises LetheError unless an attack's layers ascend within those of the model."""
     config = {} if p.is_tiny else models.read_config(base_folder(p))
     n_layers = config.get("num_hidden_layers", config.get("n_layer", p.n_layers))
     groups = attacks.module(p.attack).PARAMS
@@ -179,7 +185,6 @@ def check_attack(p: Params) -> None:
             raise LetheError(
                 f"{key}: {layers} must ascend within 0 to {n_layers - 1}, the layers of {p.model}"
             )
-    poisoned_rows(p)
 
 
 def edits(backdoored: Path) -> pd.DataFrame:
