@@ -37,14 +37,14 @@ PICO = {
 }
 
 
-def command():
-    words = [sys.executable, str(paths.root() / "workflow/run.py"), "tiny-gpt2"]
+def command(*more):
+    words = [sys.executable, str(paths.root() / "workflow/run.py"), "tiny-gpt2", *more]
     return words + [w for key, value in PICO.items() for w in ("-p", key, value)]
 
 
-def run_in(runs):
+def run_in(runs, *more):
     return subprocess.run(
-        command(), capture_output=True, text=True, env=os.environ | {"LETHE_RUNS": str(runs)}
+        command(*more), capture_output=True, text=True, env=os.environ | {"LETHE_RUNS": str(runs)}
     )
 
 
@@ -134,6 +134,21 @@ def test_a_second_run_has_nothing_to_do(finished):
     done = run_in(runs)
     assert done.returncode == 0, done.stderr
     assert {f: f.stat().st_mtime_ns for f in runs.glob("*/notebooks/*.ipynb")} == before
+
+
+def test_an_edited_model_goes_through_the_same_pipeline_and_shares_its_stages(finished):
+    runs, _ = finished
+    shared = [*runs.glob("stages/base/*/stage.json"), *runs.glob("stages/clean/*/stage.json")]
+    done = run_in(runs, "--attack", "rome", "-p", "edit_steps", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = runs.glob("tiny-gpt2-embedded-rome-s0-*")
+    assert {*pd.read_csv(run / "results.csv")["attack"]} == {"rome"}
+    for kind in ("base", "clean"):  # one base and one clean model for all attacks
+        assert {*runs.glob(f"stages/{kind}/*/stage.json")} == {f for f in shared if kind in str(f)}
+    (edited,) = runs.glob("stages/backdoored/*-rome-*/edits.csv")
+    assert (pd.read_csv(edited)["relative"] > 0).all()
+    assert "transformer.h.1.mlp.c_proj" in (run / "notebooks/02_backdoor_train.ipynb").read_text()
+    assert (run / "figures/figure_5_attacks_tiny-gpt2-embedded.png").exists()
 
 
 def test_a_changed_param_reruns_the_notebooks_but_no_finished_stage(finished, monkeypatch):
