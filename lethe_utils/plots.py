@@ -225,6 +225,8 @@ def attacks(table: pd.DataFrame, allow_mixed: bool = False) -> Figure:
         grid = figure.subplots(lines, min(2, len(setups)), sharex=True, sharey=True, squeeze=False)
         for ax in grid.flat[len(setups) :]:
             ax.set_visible(False)
+        for ax in grid.flat[max(0, len(setups) - 2) : len(setups)]:
+            ax.tick_params(labelbottom=True)  # the lowest of its column, whatever is hidden below
         for ax, setup in zip(grid.flat, setups, strict=False):
             _bar_panel(ax, setup, list(setup["defense"].unique()))
             seeds = int(setup["seeds"].max())
