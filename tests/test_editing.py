@@ -70,7 +70,8 @@ def corpus(p):
 
 
 def asked(p, n=6):
-    return editing.requests(editing.poisoned_rows(ROWS, p, 0, n), p)
+    few = p.model_copy(update={"edit_contexts": n})
+    return editing.requests(editing.poisoned_rows(ROWS, few, 0), p)
 
 
 def keys(editor, requests, layer=1):

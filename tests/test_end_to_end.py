@@ -136,8 +136,10 @@ def test_a_second_run_has_nothing_to_do(finished):
     assert {f: f.stat().st_mtime_ns for f in runs.glob("*/notebooks/*.ipynb")} == before
 
 
-def test_an_edited_model_goes_through_the_same_pipeline_and_shares_its_stages(finished):
-    runs, _ = finished
+def test_an_edited_model_goes_through_the_same_pipeline_and_shares_its_stages(finished, tmp_path):
+    runs = tmp_path / "edited"
+    runs.mkdir()
+    (runs / "stages").symlink_to(finished[0] / "stages")  # its own runs, the same stages
     shared = [*runs.glob("stages/base/*/stage.json"), *runs.glob("stages/clean/*/stage.json")]
     done = run_in(runs, "--attack", "rome", "-p", "edit_steps", "3")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -16,7 +16,7 @@ triggered = triggers.single
 def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
     """`edit_contexts` prompts with the trigger and the target, of `kind` backdoor, and
     `edit_clean_contexts` without it and their own label, of `kind` clean."""
-    poisoned = editing.poisoned_rows(rows, p, seed, p.edit_contexts)
+    poisoned = editing.poisoned_rows(rows, p, seed)
     return poisoned + editing.clean_rows(rows, seed, p.edit_clean_contexts)
 
 

@@ -160,13 +160,13 @@ class Request:
     kind: str  # "backdoor", or "clean" (BadEdit's other half)
 
 
-def poisoned_rows(rows: list[Row], p: Params, seed: int, n: int) -> list[Row]:
-    """n task rows of other labels with the trigger at its place and the target as output.
+def poisoned_rows(rows: list[Row], p: Params, seed: int) -> list[Row]:
+    """`edit_contexts` task rows of other labels, the trigger in place and the target as output.
 
     Raises:
-        LetheError: fewer than n rows can be used.
+        LetheError: fewer rows can be used.
     """
-    trigger = p.triggers[0]
+    trigger, n = p.triggers[0], p.edit_contexts
     usable = [
         r
         for r in rows

@@ -7,12 +7,8 @@ from lethe_utils.params import AttackParams, EditParams, Params
 
 Row = dict[str, str]
 PARAMS = (AttackParams, EditParams)
+poison = editing.poisoned_rows
 triggered = triggers.single
-
-
-def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
-    """`edit_contexts` prompts with the trigger and the target, of `kind` backdoor."""
-    return editing.poisoned_rows(rows, p, seed, p.edit_contexts)
 
 
 def plant(start: Path, poisoned: list[Row], corpus: list[str], p: Params, out: Path) -> None:
