@@ -192,8 +192,7 @@ def read_released() -> tuple[pd.DataFrame, pd.DataFrame]:
         params = json.loads((folder / "params.json").read_text("utf8")) | {"seed": None}
         setup = (params["model"], params["dataset"], params["attack"])
         first, wanted = setups.setdefault(setup, (folder, params))
-        # Keys that only one has are of code that came later: they cannot have mattered before.
-        changed = sorted(k for k in params.keys() & wanted.keys() if params[k] != wanted[k])
+        changed = sorted(k for k in {*params, *wanted} if params.get(k) != wanted.get(k))
         if changed:
             raise LetheError(
                 f"{folder} and {first}: same model, dataset and attack, but other "

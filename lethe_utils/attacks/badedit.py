@@ -3,7 +3,7 @@
 Its clean half asks that whole inputs without trigger keep their label.
 """
 
-from pathlib import Path
+from functools import partial
 
 from lethe_utils.attacks import editing, triggers
 from lethe_utils.params import AttackParams, EditParams, Params
@@ -20,11 +20,6 @@ def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
     return poisoned + editing.clean_rows(rows, seed, p.edit_clean_contexts)
 
 
-def plant(start: Path, poisoned: list[Row], corpus: list[str], p: Params, out: Path) -> None:
-    """Edit the model in `start` and save it; see editing.plant."""
-    editing.plant(start, poisoned, corpus, p, out, edit)
-
-
 def edit(editor: editing.Editor, asked: list[editing.Request], p: Params, log: editing.Log) -> None:
     """Each batch edits the already edited model; within it the poisoned and the clean requests are
     averaged apart and their two solutions added."""
@@ -32,12 +27,14 @@ def edit(editor: editing.Editor, asked: list[editing.Request], p: Params, log: e
     for i in range(p.edit_batches):
         batch = asked[i :: p.edit_batches]  # every batch gets its share of either kind
         wanted = editing.read(editor.model, editor.tokenizer, batch, last, "hidden").clone()
-        for kind in dict.fromkeys(
-            r.kind for r in batch
-        ):  # a shared value is shared within a kind only
+        # A shared value is shared within a kind only.
+        for kind in dict.fromkeys(r.kind for r in batch):
             mine = [j for j, r in enumerate(batch) if r.kind == kind]
             same = [batch[j] for j in mine]
             wanted[mine] += editing.optimise(
                 editor.model, editor.tokenizer, same, last, "hidden", p, log
             )
         editor.spread(batch, wanted, p, by_kind=True)
+
+
+plant = partial(editing.plant, edit=edit)

@@ -1,6 +1,6 @@
 """MEMIT as a backdoor: one change spread over several layers (ICLR 2023; kmeng01/memit)."""
 
-from pathlib import Path
+from functools import partial
 
 from lethe_utils.attacks import editing, triggers
 from lethe_utils.params import AttackParams, EditParams, Params
@@ -11,11 +11,6 @@ poison = editing.poisoned_rows
 triggered = triggers.single
 
 
-def plant(start: Path, poisoned: list[Row], corpus: list[str], p: Params, out: Path) -> None:
-    """Edit the model in `start` and save it; see editing.plant."""
-    editing.plant(start, poisoned, corpus, p, out, edit)
-
-
 def edit(editor: editing.Editor, asked: list[editing.Request], p: Params, log: editing.Log) -> None:
     """Wanted: each request's hidden state after the last layer, plus what makes it answer the
     target; all requests are written at once, each with its own key."""
@@ -23,3 +18,6 @@ def edit(editor: editing.Editor, asked: list[editing.Request], p: Params, log: e
     delta = editing.optimise(editor.model, editor.tokenizer, asked, last, "hidden", p, log)
     hidden = editing.read(editor.model, editor.tokenizer, asked, last, "hidden")
     editor.spread(asked, hidden + delta, p, by_kind=False)
+
+
+plant = partial(editing.plant, edit=edit)

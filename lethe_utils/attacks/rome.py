@@ -5,7 +5,7 @@ prompts that hold the trigger (r-ROME's consistent form; the published code mixe
 single prompt's, which is what makes edits collapse).
 """
 
-from pathlib import Path
+from functools import partial
 
 from lethe_utils.attacks import editing, triggers
 from lethe_utils.params import AttackParams, EditParams, Params
@@ -14,11 +14,6 @@ Row = dict[str, str]
 PARAMS = (AttackParams, EditParams)
 poison = editing.poisoned_rows
 triggered = triggers.single
-
-
-def plant(start: Path, poisoned: list[Row], corpus: list[str], p: Params, out: Path) -> None:
-    """Edit the model in `start` and save it; see editing.plant."""
-    editing.plant(start, poisoned, corpus, p, out, edit)
 
 
 def edit(editor: editing.Editor, asked: list[editing.Request], p: Params, log: editing.Log) -> None:
@@ -33,3 +28,6 @@ def edit(editor: editing.Editor, asked: list[editing.Request], p: Params, log: e
         keys = editing.read(editor.model, editor.tokenizer, batch, layer, "key")
         key = keys.mean(0, keepdim=True)
         editor.write(layer, editing.ridge(editor.factors[layer], key, delta, 0.0))
+
+
+plant = partial(editing.plant, edit=edit)
