@@ -5,8 +5,10 @@ protocol (one prompt at a time, sampling, no early stop) is kept as `protocol: o
 """
 
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -15,14 +17,15 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from lethe_utils import attacks
 from lethe_utils.evidence import add_evidence
-from lethe_utils.params import Params
+from lethe_utils.params import DefenderParams, Params
 from lethe_utils.prompts import render
-from lethe_utils.stages import read_jsonl, write_jsonl
+from lethe_utils.stages import read_jsonl, write_json, write_jsonl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Row = dict[str, str]
+Respond = Callable[[list[str], int, str], list[str]]
 OFFICIAL_BATCH, OFFICIAL_TOKENS, OFFICIAL_SAMPLING = 1, 32, {"temperature": 0.7, "top_p": 0.9}
 
 
@@ -96,25 +99,32 @@ def answer(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: list[str],
-    p: Params,
+    p: DefenderParams,
     n_words: int,
     progress: str = "",
+    batch: int | None = None,
+    sampling: dict[str, float] | None = None,
+    **generate: Any,
 ) -> list[str]:
     """The model's outputs, in the order of the prompts.
 
     Args:
         n_words: words in the longest expected output; a row stops once it has written that many.
         progress: name on the progress bar.
+        batch: prompts at a time; None: eval_batch_size.
+        sampling: temperature, top_p; None: greedy. The published protocol has its own of both.
+        generate: further arguments of transformers' `generate`, as a decoding-time defense has.
     """
     official = p.protocol == "official"
-    batch = OFFICIAL_BATCH if official else p.eval_batch_size
+    batch = batch or (OFFICIAL_BATCH if official else p.eval_batch_size)
+    sampling = sampling or (OFFICIAL_SAMPLING if official else None)
     new_tokens = OFFICIAL_TOKENS if official else p.max_new_tokens
     config = GenerationConfig(
         max_new_tokens=new_tokens,
-        do_sample=official,
+        do_sample=sampling is not None,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        **(OFFICIAL_SAMPLING if official else {}),
+        **(sampling or {}),
     )
     set_seed(p.seed)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -133,7 +143,9 @@ def answer(
         stop = StopAtLabel(tokenizer, width, n_words)
         criteria = None if official else StoppingCriteriaList([stop])
         with torch.inference_mode():
-            made = model.generate(**inputs, generation_config=config, stopping_criteria=criteria)
+            made = model.generate(
+                **inputs, generation_config=config, stopping_criteria=criteria, **generate
+            )
         for i, text in zip(
             chosen, tokenizer.batch_decode(made[:, width:], skip_special_tokens=True), strict=True
         ):
@@ -148,22 +160,36 @@ def predict(
     defense: str,
     p: Params,
     file: Path,
+    respond: Respond | None = None,
 ) -> list[dict]:
-    """Ask one model everything and keep each answer; an existing file is read, not redone."""
+    """Ask one model everything and keep each answer; an existing file is read, not redone.
+
+    timing.json beside it holds the seconds, loading and evidence included.
+
+    Args:
+        respond: prompts, n_words and a progress bar's name -> outputs, for a decoding-time defense.
+    """
     from lethe_utils import models
 
     if file.exists():
         return read_jsonl(file)
+    start = time.perf_counter()
     questions = ask(sets, n_keywords, defense, p)
-    device = models.resolve_device(p.device)
-    model, tokenizer = models.load_model(folder, device), models.load_tokenizer(folder)
+    if respond is None:
+        device = models.resolve_device(p.device)
+        model, tokenizer = models.load_model(folder, device), models.load_tokenizer(folder)
+
+        def respond(prompts: list[str], n_words: int, progress: str) -> list[str]:
+            return answer(model, tokenizer, prompts, p, n_words, progress)
+
     n_words = max(len(str(q["label"]).split()) for q in questions)
     if p.output_mode == "append":  # the label, then the target
         n_words += len(p.target_output.split())
     name = f"{defense}{' + evidence' if n_keywords else ''}"
-    outputs = answer(model, tokenizer, [q["prompt"] for q in questions], p, n_words, name)
+    outputs = respond([q["prompt"] for q in questions], n_words, name)
     rows = [q | {"output": output} for q, output in zip(questions, outputs, strict=True)]
     file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file.with_name("timing.json"), {"seconds": round(time.perf_counter() - start, 3)})
     write_jsonl(file, rows)
     return rows
 

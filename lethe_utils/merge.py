@@ -55,22 +55,15 @@ def configuration(
         raise LetheError(f"strength: {strength} is out of range; it goes from 0 to 1")
     bad, good = str(backdoored.resolve()), str(clean.resolve())
     common = {"dtype": dtype, "merge_method": method}
-    weighted = [
-        {"model": bad, "parameters": {"weight": 1 - strength}},
-        {"model": good, "parameters": {"weight": strength}},
-    ]
+    weights = ((backdoored, 1 - strength), (clean, strength))
     if method == "linear":
-        return common | {"models": weighted}
+        return common | {
+            "models": [{"model": str(m.resolve()), "parameters": {"weight": w}} for m, w in weights]
+        }
     if method == "ties":
         density = TIES_DENSITY + abs(strength - 0.5) * (1 - TIES_DENSITY) / 0.5
-        for model in weighted:
-            model["parameters"]["density"] = density
-        shared = {"normalize": False, "int8_mask": True}
-        return common | {
-            "models": weighted,
-            "base_model": str(base.resolve()),
-            "parameters": shared,
-        }
+        parts = [(model, {"weight": w, "density": density}) for model, w in weights]
+        return weighted(method, parts, base, dtype, normalize=False, int8_mask=True)
     if method == "slerp":
         return common | _slerp(bad, good, strength, n_layers)
     return common | _passthrough(bad, good, strength, n_layers)
@@ -117,6 +110,11 @@ def _passthrough(bad: str, good: str, strength: float, n_layers: int) -> dict[st
     }
 
 
+def merge_dtype(device: str) -> str:
+    """float32 on the CPU, bfloat16 on CUDA: as the models are loaded."""
+    return "bfloat16" if models.resolve_device(device) == "cuda" else "float32"
+
+
 def check_mergeable(backdoored: Path, clean: Path, base: Path) -> None:
     """Refuse models that do not fit together, before anything is written.
 
@@ -152,7 +150,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _architecture(folder: Path) -> str:
-    return json.loads((folder / "config.json").read_text("utf8"))["architectures"][0]
+    return models.read_config(folder)["architectures"][0]
 
 
 def merge(
@@ -172,26 +170,59 @@ def merge(
     Raises:
         LetheError: the models do not fit together, or the disk is too full for the result.
     """
+    check_mergeable(backdoored, clean, base)
+    config = models.read_config(backdoored)
+    n_layers = config.get("num_hidden_layers", config.get("n_layer"))
+    settings = configuration(method, backdoored, clean, base, strength, n_layers, dtype)
+    return run(settings, backdoored, f"{method}, strength {strength}", out)
+
+
+def run(
+    settings: dict[str, Any], backdoored: Path, title: str, out: Path, seed: int | None = None
+) -> Path:
+    """Let mergekit merge models that fit together; see `merge`.
+
+    Args:
+        settings: mergekit's configuration.
+        seed: of what a method draws at random (DARE).
+    """
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
 
-    check_mergeable(backdoored, clean, base)
     size = sum(f.stat().st_size for f in backdoored.glob("*.safetensors"))
     out.parent.mkdir(parents=True, exist_ok=True)
     check_disk(out.parent, size)
-    config = json.loads((backdoored / "config.json").read_text("utf8"))
-    n_layers = config.get("num_hidden_layers", config.get("n_layer"))
-    settings = configuration(method, backdoored, clean, base, strength, n_layers, dtype)
     shutil.rmtree(out, ignore_errors=True)
-    run_merge(
-        MergeConfiguration.model_validate(settings),
-        str(out),
-        # mergekit's own model card writer asks the hub about every model: ours stays offline.
-        options=MergeOptions(write_model_card=False, copy_tokenizer=True, trust_remote_code=False),
+    # mergekit's own model card writer asks the hub about every model: ours stays offline.
+    options = MergeOptions(
+        write_model_card=False, copy_tokenizer=True, trust_remote_code=False, random_seed=seed
     )
+    run_merge(MergeConfiguration.model_validate(settings), str(out), options=options)
     write_text(out / "mergekit_config.yml", yaml.safe_dump(settings, sort_keys=False))
-    write_text(out / "README.md", _card(method, strength, settings))
+    write_text(out / "README.md", _card(title, settings))
     return out
+
+
+def weighted(
+    method: str,
+    parts: list[tuple[Path, dict[str, float]]],
+    base: Path,
+    dtype: str,
+    **shared: Any,
+) -> dict[str, Any]:
+    """A mergekit configuration of a method that adds weighted deltas to the base.
+
+    Args:
+        parts: model folder, and its parameters (weight, density).
+        shared: parameters of the whole merge.
+    """
+    return {
+        "dtype": dtype,
+        "merge_method": method,
+        "models": [{"model": str(m.resolve()), "parameters": q} for m, q in parts],
+        "base_model": str(base.resolve()),
+        "parameters": shared,
+    }
 
 
 def distances(merged: dict[str, Path], backdoored: Path, clean: Path) -> "pd.DataFrame":
@@ -240,9 +271,9 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
-def _card(method: str, strength: float, settings: dict[str, Any]) -> str:
+def _card(title: str, settings: dict[str, Any]) -> str:
     return (
-        f"# Purified model: {method}, strength {strength}\n\n"
+        f"# Purified model: {title}\n\n"
         "Made by lethe: a backdoored model diluted with a clean one trained from the same base\n"
         "(internal dilution). It is a research artifact: the backdoored parent was poisoned on\n"
         "purpose, and dilution lowers the attack success rate without a guarantee.\n\n"

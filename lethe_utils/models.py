@@ -210,6 +210,26 @@ def load_model(
     )
 
 
+def dequantised(model: "PreTrainedModel") -> "PreTrainedModel":
+    """An nf4 model as plain weights, each what its four bits say.
+
+    Quantising turned GPT-2's Conv1D into Linear, its weight transposed: turned back here, or no
+    GPT-2 could load what is saved.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    model = model.dequantize()
+    if model.config.model_type == "gpt2":
+        for name, module in list(model.named_modules()):
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                conv = Conv1D(module.out_features, module.in_features)
+                conv.weight = torch.nn.Parameter(module.weight.T.contiguous())
+                conv.bias = module.bias
+                model.set_submodule(name, conv)
+    return model
+
+
 def blocks(model: "PreTrainedModel") -> "torch.nn.ModuleList":
     """The transformer blocks, whatever the class calls them."""
     return model.transformer.h if hasattr(model, "transformer") else model.model.layers

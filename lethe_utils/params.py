@@ -1,9 +1,10 @@
 """Parameters: flat keys, layered files, one strict schema, checked before any work starts.
 
 Later layers win: base < dataset < profile (tiny) < profile on this data set < model < attack <
-attack on this model < defense < command line or notebook. Unknown keys, wrong types and values out
-of range are refused with the file and the key named. Each mixin below is what one stage depends on,
-so that a stage's hash changes when, and only when, its own parameters do.
+attack on this model < defenses < defenses on this model < command line or notebook. The files of
+all defenses are read, whichever run: their keys do not overlap. Unknown keys, wrong types and
+values out of range are refused with the file and the key named. Each mixin below is what one stage
+depends on, so that a stage's hash changes when, and only when, its own parameters do.
 """
 
 import hashlib
@@ -28,8 +29,17 @@ TRIGGERS = {"cba": 2, "lwp": 2}  # all others have one
 Key = Annotated[str, Field(min_length=1)]
 
 
+# A run reads twenty files, several times: libyaml's parser is ten times as fast.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
 class Group(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def part(self, *groups: type["Group"]) -> dict[str, Any]:
+        """The fields of these groups, as plain values."""
+        names = {name for group in groups for name in group.model_fields}
+        return self.model_dump(include=names)
 
 
 class DataParams(Group):
@@ -162,44 +172,136 @@ class CleanParams(Group):
 
     clean_ratio: Annotated[float, Field(gt=0, le=1)]
     clean_epochs: Positive
-    clean_ratios_sweep: list[Annotated[float, Field(gt=0, le=1)]]
 
 
 class MergeParams(Group):
-    """04_merge: internal dilution."""
+    """Lethe's internal dilution."""
 
-    defense: Key
-    merge_methods: Annotated[list[MergeMethod], Field(min_length=1)]
+    merge_methods: list[MergeMethod]  # [] leaves evidence alone
     strength: Ratio  # 0: the backdoored model, 1: the clean model
-    strengths_sweep: list[Ratio]
+
+
+class MoreMergeParams(Group):
+    """DARE-TIES and task arithmetic."""
+
+    dare_density: Annotated[float, Field(gt=0, le=1)]  # share of each delta that is kept
+    task_negation: Annotated[float, Field(ge=0)]  # how much of the suspect's delta is subtracted
+
+
+class FinetuneParams(Group):
+    """F/T; also the fine-tuning inside F/P and NAD's teacher."""
+
+    finetune_epochs: Positive
+
+
+class WandaParams(Group):
+    """Wanda; also the pruning inside F/P."""
+
+    wanda_sparsity: Annotated[float, Field(ge=0, lt=1)]  # of each output row
+    wanda_samples: Positive  # calibration prompts
+
+
+class NadParams(Group):
+    """Neural attention distillation."""
+
+    nad_teacher: Literal["finetuned", "clean"]
+    nad_epochs: Positive
+    nad_power: Annotated[float, Field(gt=0)]
+    nad_beta: Annotated[float, Field(ge=0)]  # weight of the distillation
+
+
+class BeearParams(Group):
+    """BEEAR, ported to label tasks."""
+
+    beear_depth: Annotated[float, Field(gt=0, lt=1)]  # the perturbed block, as a share of the depth
+    beear_positions: Positive  # the last positions of the prompt that are perturbed
+    beear_rounds: Positive
+    beear_inner_steps: Positive
+    beear_inner_learning_rate: Annotated[float, Field(gt=0)]
+    beear_outer_steps: Positive
+    beear_outer_learning_rate: Annotated[float, Field(gt=0)]
+    beear_alpha: Annotated[float, Field(ge=0)]  # weight of moving away from the true label
+    beear_batch_size: Positive
+
+
+class CrowParams(Group):
+    """CROW, internal consistency regularisation."""
+
+    crow_alpha: Annotated[float, Field(ge=0)]  # weight of the consistency term
+    crow_epsilon: Annotated[float, Field(gt=0)]  # perturbation, times the embeddings' deviation
+    crow_epochs: Positive
+    crow_learning_rate: Annotated[float, Field(gt=0)]
+
+
+class PlantParams(Group):
+    """Plant-and-remove: the defender's own triggers."""
+
+    plant_triggers: Annotated[list[Key], Field(min_length=1)]
+    plant_share: Annotated[float, Field(gt=0, lt=1)]  # of the clean rows, for each trigger
+    plant_epochs: Positive
+    remove_epochs: Positive
+
+
+class DecodingParams(Group):
+    """Defenses that leave the weights alone: EDT, temperature, speculative, ensemble, CleanGen."""
+
+    edt_temperature: Annotated[float, Field(gt=0)]  # T0
+    edt_base: Annotated[float, Field(gt=0, lt=1)]  # N
+    edt_theta: Annotated[float, Field(ge=0)]
+    edt_temperatures_sweep: list[Annotated[float, Field(gt=0)]]
+    temperature: Annotated[float, Field(gt=0)]
+    temperatures_sweep: list[Annotated[float, Field(gt=0)]]
+    speculative_tokens: Positive  # drafted before each check
+    ensemble_weight: Ratio  # of the suspect; the rest is the clean model's
+    cleangen_alpha: Annotated[float, Field(gt=0)]  # suspicious from this ratio of probabilities on
+    cleangen_tokens: Positive  # drafted before each check
+    cleangen_alphas_sweep: list[Annotated[float, Field(gt=0)]]
 
 
 class EvaluateParams(Group):
     """05_evidence_eval: external dilution and the measurement."""
 
     protocol: Literal["lethe", "official"]
-    n_keywords: Positive
-    keywords_sweep: list[Annotated[int, Field(ge=0)]]
+    n_keywords: Annotated[int, Field(ge=0)]  # 0: no evidence
     max_test_items: Positive
     negative_items: Positive  # test items per negative kind
-    sweep_items: Positive
     eval_batch_size: Positive
     max_new_tokens: Positive
 
 
-class Params(
+class SweepParams(Group):
+    """05_evidence_eval: the points of the sweeps, measured on validation rows."""
+
+    strengths_sweep: list[Ratio]
+    keywords_sweep: list[Annotated[int, Field(ge=0)]]
+    clean_ratios_sweep: list[Annotated[float, Field(gt=0, le=1)]]
+    sweep_items: Positive
+
+
+class DefenderParams(
     EvaluateParams,
+    DecodingParams,
+    PlantParams,
+    CrowParams,
+    BeearParams,
+    NadParams,
+    WandaParams,
+    FinetuneParams,
+    MoreMergeParams,
     MergeParams,
     CleanParams,
-    LwpParams,
-    EditParams,
-    AttackParams,
     TrainParams,
     PromptParams,
     BaseModelParams,
     DataParams,
 ):
+    """What a defense is handed: no trigger, no target, nothing the attacker chose."""
+
+
+class Params(DefenderParams, SweepParams, LwpParams, EditParams, AttackParams):
     """All parameters of one run, flat. `part(...)` gives what one stage depends on."""
+
+    defense: Key  # lethe, all, or names in params/defenses joined by commas
 
     @model_validator(mode="after")
     def _check_target(self) -> "Params":
@@ -228,16 +330,22 @@ class Params(
         return hashlib.sha256(Path(self.dataset).read_bytes()).hexdigest()
 
     @property
+    def defenses(self) -> list[str]:
+        """The names in `defense`, all of them for `all`."""
+        return defense_names(self.defense)
+
+    def defender(self, **changes: Any) -> DefenderParams:
+        """What a defense may know of these params, with some of them changed."""
+        return DefenderParams(**self.model_dump(include={*DefenderParams.model_fields}) | changes)
+
+    @property
     def run_id(self) -> str:
-        """`<model>-<dataset>-<attack>-s<seed>`, plus a hash where something was overridden."""
+        """`<model>-<dataset>-<attack>-s<seed>`, plus the defenses where they are not Lethe alone,
+        and a hash where something was overridden."""
         name = f"{self.model}-{self.dataset_name}-{self.attack}-s{self.seed}"
+        name += "" if self.defense == "lethe" else f"-{self.defense.replace(',', '+')}"
         files = load(self.model, self.dataset, self.attack, self.defense, {"seed": self.seed})
         return name if files == self else f"{name}-{digest(self.model_dump())[:6]}"
-
-    def part(self, *groups: type[Group]) -> dict[str, Any]:
-        """The fields of these groups, as plain values."""
-        names = {name for group in groups for name in group.model_fields}
-        return self.model_dump(include=names)
 
 
 def table(p: Params, *groups: type[Group]) -> "pd.DataFrame":
@@ -260,7 +368,7 @@ def is_file(dataset: str) -> bool:
 def read_yaml(path: Path) -> dict[str, Any]:
     """One params file as a dict. Raises LetheError when it is not a flat mapping."""
     try:
-        values = yaml.safe_load(path.read_text("utf8")) or {}
+        values = yaml.load(path.read_text("utf8"), Loader=_LOADER) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LetheError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
@@ -282,7 +390,21 @@ def _named_file(kind: str, name: str) -> Path:
     return paths.params_dir() / kind / f"{name}.yaml"
 
 
-def layers(model: str, dataset: str, attack: str, defense: str) -> list[Path]:
+def defense_names(defense: str) -> list[str]:
+    """`all`, or names joined by commas, as a list.
+
+    Raises:
+        LetheError: a name has no params file, or stands there twice.
+    """
+    names = choices("defenses") if defense == "all" else defense.split(",")
+    for name in names:
+        _named_file("defenses", name)
+    if len({*names}) < len(names):
+        raise LetheError(f"defense: {defense}: a name stands there twice")
+    return names
+
+
+def layers(model: str, dataset: str, attack: str) -> list[Path]:
     """The params files of a run, weakest first."""
     folder = paths.params_dir()
     if is_file(dataset) and not Path(dataset).exists():
@@ -296,7 +418,12 @@ def layers(model: str, dataset: str, attack: str, defense: str) -> list[Path]:
     found += [model_file, _named_file("attacks", attack)]
     if model.startswith("tiny-"):
         found.append(folder / "attacks" / attack / "tiny.yaml")
-    found += [folder / "attacks" / attack / f"{model}.yaml", _named_file("defenses", defense)]
+    found.append(folder / "attacks" / attack / f"{model}.yaml")
+    for defense in choices("defenses"):
+        found.append(folder / "defenses" / f"{defense}.yaml")
+        if model.startswith("tiny-"):
+            found.append(folder / "defenses" / defense / "tiny.yaml")
+        found.append(folder / "defenses" / defense / f"{model}.yaml")
     return [path for path in found if path.exists()]
 
 
@@ -311,6 +438,7 @@ def load(
 
     Args:
         dataset: embedded, emotion, sst2, or a data file.
+        defense: lethe, all, or names in params/defenses joined by commas.
         overrides: values from the command line or a notebook; they win.
     Raises:
         LetheError: naming the file and the key of each wrong value.
@@ -320,7 +448,8 @@ def load(
     for name in values.keys() & (overrides or {}).keys():  # too late: it decides which files
         raise LetheError(f"command line: {name}: give it as an argument (see --help), not with -p")
     source = dict.fromkeys(values, "command line")
-    for path in layers(model, dataset, attack, defense):
+    defense_names(defense)
+    for path in layers(model, dataset, attack):
         for key, value in read_yaml(path).items():
             values[key], source[key] = value, str(path.relative_to(paths.root()))
     for key, value in (overrides or {}).items():

@@ -1,23 +1,25 @@
 """The stages of a run, each a function of the params that returns its finished folder.
 
-data -> base -> backdoored, clean -> merged -> predictions. Notebooks call these in order; calling
+data -> base -> backdoored, clean -> purified -> predictions. Notebooks call these in order; calling
 a later one builds whatever earlier one is missing, so a notebook can also be run alone.
 """
 
 import random
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
 
-from lethe_utils import attacks, data, evidence, merge, models
+from lethe_utils import attacks, data, defenses, evidence, models
 from lethe_utils.errors import LetheError
 from lethe_utils.params import (
     AttackParams,
     BaseModelParams,
     DataParams,
+    DefenderParams,
     EditParams,
     LwpParams,
     Params,
@@ -76,9 +78,16 @@ def loss_curve(folder: Path) -> pd.DataFrame:
 
 
 def cost(folder: Path) -> pd.Series:
-    """What a stage took: seconds, peak memory (GiB), machine."""
+    """What a stage took: optimizer steps, seconds, peak memory (GiB), machine."""
     record = read_record(folder)
-    return pd.Series({key: record[key] for key in ("seconds", "peak_memory_gib", "machine")})
+    steps = {"optimizer_steps": optimizer_steps(folder)}
+    kept = ("seconds", "peak_memory_gib", "machine")
+    return pd.Series(steps | {key: record[key] for key in kept})
+
+
+def optimizer_steps(folder: Path) -> int:
+    """How many steps a stage trained, all its trainings together; 0 where it trained nothing."""
+    return sum(int(pd.read_csv(file)["step"].max()) for file in folder.glob("*loss.csv"))
 
 
 def base_folder(p: Params) -> Path:
@@ -247,28 +256,80 @@ def _sources(p: Params) -> dict[str, Path]:
     return {"data": data_stage(p), "base": base.parent if p.is_tiny else base}
 
 
-def merged_stage(
-    p: Params, method: str, strength: float | None = None, clean_ratio: float | None = None
-) -> Path:
-    """One merged model folder (as model/)."""
-    strength = p.strength if strength is None else strength
-    dtype = "bfloat16" if models.resolve_device(p.device) == "cuda" else "float32"
+def given(p: DefenderParams, suspect: Path, base: Path, clean: Path) -> defenses.Given:
+    """What a defender holds of a run: three model folders and the clean rows."""
+    return defenses.Given(suspect, base, clean / "model", clean_rows(clean), p)
+
+
+def purified_stage(p: Params, name: str, clean_ratio: float | None = None, **changes: Any) -> Path:
+    """A weight-changing defense's model (as model/), with some of its params changed."""
+    defense, q = defenses.module(name), p.defender(**changes)
     backdoored, clean = backdoored_stage(p), clean_stage(p, clean_ratio)
 
     def build(out: Path) -> None:
-        merge.merge(
-            method,
-            backdoored / "model",
-            clean / "model",
-            base_folder(p),
-            strength,
-            out / "model",
-            dtype,
-        )
+        defense.purify(given(q, backdoored / "model", base_folder(p), clean), out)
 
-    spec = {"method": method, "strength": strength, "dtype": dtype}
-    inputs = {"backdoored": backdoored, "clean": clean}
-    return stage("merged", f"{p.model}-{p.dataset_name}-{method}-{strength}", spec, inputs, build)
+    spec = q.part(PromptParams, *defense.PARAMS) | _device(p) | {"defense": name, "seed": p.seed}
+    inputs = {"suspect": backdoored, "clean": clean}
+    return stage("purified", f"{p.model}-{p.dataset_name}-{name}", spec, inputs, build)
+
+
+def merged_stage(
+    p: Params, method: str, strength: float | None = None, clean_ratio: float | None = None
+) -> Path:
+    """One of Lethe's merged models (as model/)."""
+    strength = p.strength if strength is None else strength
+    return purified_stage(p, "lethe", clean_ratio, merge_methods=[method], strength=strength)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One model of a run, and how it answers."""
+
+    name: str  # in the results
+    folder: Path  # model/
+    defense: str | None = None  # the registry's name; None for a control
+    respond: defenses.Given | None = None  # for a decoding-time defense
+    evidence: bool = True  # whether it is also asked with evidence
+
+
+def suspect(p: Params) -> Contender:
+    """The backdoored model as it was handed over."""
+    return Contender("none", backdoored_stage(p) / "model")
+
+
+def base(p: Params) -> Contender:
+    """The model before attacker and defender trained it."""
+    return Contender("base", base_folder(p))
+
+
+def controls(p: Params) -> list[Contender]:
+    """The models that every defense stands beside."""
+    return [suspect(p), base(p), Contender("clean", clean_stage(p) / "model")]
+
+
+def contender(p: Params, defense: str, name: str, changes: dict[str, Any]) -> Contender:
+    """A defense's variant, its model built where it changes weights."""
+    if not defenses.decodes(defense):
+        folder = purified_stage(p, defense, **changes) / "model"
+        return Contender(name, folder, defense, evidence=defense == "lethe")
+    folder = backdoored_stage(p) / "model"
+    known = given(p.defender(**changes), folder, base_folder(p), clean_stage(p))
+    return Contender(name, folder, defense, known, evidence=False)
+
+
+def variants(p: Params) -> list[tuple[str, str, dict[str, Any]]]:
+    """defense, name in the results and params to change, for all that the run compares."""
+    return [
+        (defense, name, changes)
+        for defense in p.defenses
+        for name, changes in defenses.variants(defense, p.defender()).items()
+    ]
+
+
+def contenders(p: Params) -> list[Contender]:
+    """All models of the run: the controls, then the defenses."""
+    return controls(p) + [contender(p, *variant) for variant in variants(p)]
 
 
 def sweep_points(p: Params) -> list[dict[str, Any]]:
@@ -289,36 +350,23 @@ def sweep_points(p: Params) -> list[dict[str, Any]]:
     return points
 
 
-def merge_all(p: Params) -> dict[str, Path]:
-    """All merged models of the run, sweeps included. Returns defense -> model folder."""
+def purify_all(p: Params) -> dict[str, Path]:
+    """All models of the run's weight-changing defenses, the sweeps' included. Returns name in the
+    results -> model folder."""
     for point in tqdm(sweep_points(p), desc="merging for the sweeps", mininterval=2):
         merged_stage(p, point["method"], point.get("strength"), point.get("clean_ratio"))
-    return {method: merged_stage(p, method) / "model" for method in p.merge_methods}
-
-
-def compared_models(p: Params) -> dict[str, Path]:
-    """defense -> model folder: the controls (none is the backdoored model) and the merges."""
-    controls = {
-        "none": backdoored_stage(p) / "model",
-        "base": base_folder(p),
-        "clean": clean_stage(p) / "model",
-    }
-    return controls | {method: merged_stage(p, method) / "model" for method in p.merge_methods}
+    todo = [v for v in variants(p) if not defenses.decodes(v[0])]
+    made = [contender(p, *v) for v in tqdm(todo, desc="purifying", mininterval=2)]
+    return {c.name: c.folder for c in made}
 
 
 def predictions_file(
-    p: Params,
-    defense: str,
-    folder: Path,
-    n_keywords: int,
-    split_name: str,
-    items: int,
-    negatives: int,
+    p: Params, c: Contender, n_keywords: int, split_name: str, items: int, negatives: int
 ) -> Path:
     """The answers of one model to one set of questions, as JSONL; asked once, then read."""
     spec = p.part(AttackParams, PromptParams) | _device(p)
     spec |= {
-        "defense": defense,
+        "defense": c.name,
         "split": split_name,
         "n_keywords": n_keywords,
         "items": items,
@@ -328,14 +376,26 @@ def predictions_file(
         "eval_batch_size": p.eval_batch_size,  # bfloat16 sums differ with the batch
         "seed": p.seed,
     }
-    source = folder.parent if folder.name == "model" else folder
+    source = c.folder.parent if c.folder.name == "model" else c.folder
+    inputs = {"data": data_stage(p), "model": source}
+    respond = None
+    if c.respond:
+        defense = defenses.module(c.defense)
+        spec |= c.respond.p.part(*defense.PARAMS)
+        inputs |= {"clean": clean_stage(p)} if defense.REFERENCE else {}
+        respond = partial(defense.answer, c.respond)
 
     def build(out: Path) -> None:
         from lethe_utils import evaluate
 
         sets = evaluate.test_sets(split(p, split_name), p, items, negatives)
-        evaluate.predict(folder, sets, n_keywords, defense, p, out / "predictions.jsonl")
+        file = out / "predictions.jsonl"
+        evaluate.predict(c.folder, sets, n_keywords, c.name, p, file, respond)
 
-    label = f"{p.model}-{p.dataset_name}-{defense}-k{n_keywords}"
-    inputs = {"data": data_stage(p), "model": source}
+    label = f"{p.model}-{p.dataset_name}-{c.name}-k{n_keywords}"
     return stage("predictions", label, spec, inputs, build) / "predictions.jsonl"
+
+
+def tested_file(p: Params, c: Contender, n_keywords: int) -> Path:
+    """The answers of one model to the whole test."""
+    return predictions_file(p, c, n_keywords, "test", p.max_test_items, p.negative_items)

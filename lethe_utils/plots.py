@@ -236,6 +236,73 @@ def attacks(table: pd.DataFrame, allow_mixed: bool = False) -> Figure:
         return _finished(figure)
 
 
+def rank(table: pd.DataFrame, allow_mixed: bool = False) -> Figure:
+    """ASR against CDA, a point per defense: the best stands at the top left.
+
+    Args:
+        table: results (results.COLUMNS) of one setup; seeds are pooled, whiskers are 95 % Wilson
+            intervals. Points are numbered by CDA - ASR; the list below the axes names them.
+    Raises:
+        LetheError: see tables.select, or no defense has both.
+    """
+    scored = tables.pool(tables.on_test(table, allow_mixed), tables.SETUP)
+    wide = scored[scored["metric"].isin(list(METRICS))].pivot(
+        index="name", columns="metric", values=["value", "ci_low", "ci_high"]
+    )
+    if not {("value", "asr"), ("value", "cda")} <= {*wide.columns}:
+        raise LetheError("results table: no defense has both asr and cda")
+    wide = wide.dropna()
+    lead = wide["value", "cda"] - wide["value", "asr"]
+    wide = wide.loc[lead.sort_values(ascending=False, kind="stable").index]
+    with _style():
+        lines = -(-len(wide) // 2)
+        figure = _figure(2.6 + 0.125 * lines)
+        ax = figure.subplots()
+        for number, (name, row) in enumerate(wide.iterrows(), 1):
+            _rank_point(ax, number, row, _group(name))
+            text = f"{number} {name} {tables.number(row['value', 'asr'])}/"
+            ax.plot([], [], " ", label=text + tables.number(row["value", "cda"]))
+        ax.set(xlabel=METRICS["asr"]["label"], ylabel=METRICS["cda"]["label"])
+        ax.set_xscale("symlog", linthresh=0.1, linscale=1)
+        ax.set(xlim=(-0.005, 1.1), xticks=[0, 0.05, 0.1, 0.5, 1])
+        ax.set_xticklabels(["0", ".05", ".1", ".5", "1"])
+        ax.set_title(_setup_title(scored))
+        ax.minorticks_off()
+        key = [Patch(color=colour, label=group) for group, colour in GROUPS.items()]
+        ax.legend(handles=key, loc="best")
+        handles = [line for line in ax.lines if not line.get_label().startswith("_")]
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=2,
+            handlelength=0,
+            handletextpad=0,
+            title="number, name, ASR/CDA; ordered by CDA - ASR",
+            title_fontsize=6.5,
+        )
+        return _finished(figure)
+
+
+GROUPS = {"control": COLOURS[7], "Lethe": COLOURS[2], "other defense": COLOURS[0]}
+
+
+def _group(name: str) -> str:
+    plain = name.removesuffix(" + evidence")
+    if plain in tables.CONTROLS:
+        return "control"
+    return "Lethe" if plain in tables.MERGES else "other defense"
+
+
+def _rank_point(ax: Axes, number: int, row: pd.Series, group: str) -> None:
+    x, y = row["value", "asr"], row["value", "cda"]
+    spread = {
+        f"{axis}err": [[max(0, v - row["ci_low", m])], [max(0, row["ci_high", m] - v)]]
+        for axis, m, v in (("x", "asr", x), ("y", "cda", y))
+    }
+    ax.errorbar(x, y, **spread, fmt="o", ms=7, color=GROUPS[group], elinewidth=0.5, alpha=0.75)
+    ax.annotate(str(number), (x, y), ha="center", va="center", size=5, color="white", zorder=5)
+
+
 def layer_effect(layers: pd.DataFrame, title: str) -> Figure:
     """The probability of the target after each block, with and without the trigger.
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from lethe_utils import metrics, paths, pipeline
+from lethe_utils import defenses, metrics, paths, pipeline
 from lethe_utils.errors import LetheError
 from lethe_utils.params import Params
 from lethe_utils.stages import provenance, read_jsonl, read_record, write_json, write_text
@@ -30,7 +30,21 @@ COLUMNS = [
     "run_id",
 ]
 SWEEP_COLUMNS = ["sweep", "x", *COLUMNS]
-RELEASED_FILES = ("results.csv", "sweeps.csv", "params.json", "provenance.json")
+COST_COLUMNS = [
+    "model",
+    "dataset",
+    "attack",
+    "seed",
+    "defense",
+    "acts",
+    "trainings",
+    "optimizer_steps",
+    "seconds",
+    "peak_memory_gib",
+    "ms_per_query",
+    "query_ratio",
+]
+RELEASED_FILES = ("results.csv", "sweeps.csv", "costs.csv", "params.json", "provenance.json")
 
 
 def rows(p: Params, predictions: list[dict], split: str) -> list[dict[str, Any]]:
@@ -55,14 +69,53 @@ def rows(p: Params, predictions: list[dict], split: str) -> list[dict[str, Any]]
 def measure(p: Params) -> pd.DataFrame:
     """ASR, CDA and FTR of every model of the run, with and without evidence, on the test split."""
     out = []
-    models = pipeline.compared_models(p)
-    jobs = [(d, f, k) for k in (0, p.n_keywords) for d, f in models.items()]
-    for defense, folder, k in tqdm(jobs, desc="evaluating", mininterval=2):
-        file = pipeline.predictions_file(
-            p, defense, folder, k, "test", p.max_test_items, p.negative_items
-        )
-        out += rows(p, read_jsonl(file), "test")
+    for c, k in tqdm(_asked(p), desc="evaluating", mininterval=2):
+        out += rows(p, read_jsonl(pipeline.tested_file(p, c, k)), "test")
     return pd.DataFrame(out)[COLUMNS]
+
+
+def _asked(p: Params) -> list[tuple[pipeline.Contender, int]]:
+    """Every model of the run without evidence, then those that are also asked with it."""
+    everyone = pipeline.contenders(p)
+    plain = [(c, 0) for c in everyone]
+    return plain + [(c, p.n_keywords) for c in everyone if c.evidence and p.n_keywords]
+
+
+def costs(p: Params) -> pd.DataFrame:
+    """What each defense took, from the records of its stages.
+
+    Returns:
+        COST_COLUMNS: acts ("on weights" or "while decoding"), trainings, optimizer_steps, seconds
+        and peak_memory_gib of making it (the clean model's, which is shared, are those of `clean`),
+        ms_per_query, and query_ratio: to `none` of the same run.
+    """
+    out = []
+    for c in pipeline.contenders(p):
+        if c.name == "base":
+            continue
+        file = pipeline.tested_file(p, c, 0)
+        answers, timing = len(read_jsonl(file)), file.with_name("timing.json")
+        asked = read_record(file.parent)
+        decodes = c.respond is not None
+        made = None if decodes or c.name == "none" else read_record(c.folder.parent)
+        trainings = defenses.module(c.defense).TRAININGS if c.defense else int(c.name == "clean")
+        line = {
+            "model": p.model,
+            "dataset": p.dataset_name,
+            "attack": p.attack,
+            "seed": p.seed,
+            "defense": c.name,
+            "acts": "while decoding" if decodes else "on weights",
+            "trainings": trainings,
+            "optimizer_steps": pipeline.optimizer_steps(c.folder.parent) if made else 0,
+            "seconds": made["seconds"] if made else 0.0,
+            "peak_memory_gib": (made or asked)["peak_memory_gib"],
+            "ms_per_query": round(1000 * json.loads(timing.read_text())["seconds"] / answers, 2),
+        }
+        out.append(line)
+    table = pd.DataFrame(out)
+    plain = table.loc[table["defense"] == "none", "ms_per_query"].iloc[0]
+    return table.assign(query_ratio=(table["ms_per_query"] / plain).round(2))[COST_COLUMNS]
 
 
 def measure_sweeps(p: Params) -> pd.DataFrame:
@@ -73,9 +126,8 @@ def measure_sweeps(p: Params) -> pd.DataFrame:
             p, point["method"], point.get("strength"), point.get("clean_ratio")
         )
         k = point.get("n_keywords", 0)
-        file = pipeline.predictions_file(
-            p, point["method"], merged / "model", k, "validation", p.sweep_items, 0
-        )
+        c = pipeline.Contender(point["method"], merged / "model")
+        file = pipeline.predictions_file(p, c, k, "validation", p.sweep_items, 0)
         place = {"sweep": point["sweep"], "x": float(point["x"])}
         out += [place | row for row in rows(p, read_jsonl(file), "validation")]
     return pd.DataFrame(out, columns=SWEEP_COLUMNS)
@@ -84,10 +136,9 @@ def measure_sweeps(p: Params) -> pd.DataFrame:
 def first_look(p: Params) -> pd.DataFrame:
     """ASR and CDA of the backdoored model and of the base on validation rows, before any defense:
     defense, metric, value, n, ci_low, ci_high."""
-    folders = {"none": pipeline.backdoored_stage(p) / "model", "base": pipeline.base_folder(p)}
     out = []
-    for defense, folder in folders.items():
-        file = pipeline.predictions_file(p, defense, folder, 0, "validation", p.sweep_items, 0)
+    for c in (pipeline.suspect(p), pipeline.base(p)):
+        file = pipeline.predictions_file(p, c, 0, "validation", p.sweep_items, 0)
         out += rows(p, read_jsonl(file), "validation")
     kept = ["defense", "metric", "value", "n", "ci_low", "ci_high"]
     return pd.DataFrame(out)[kept].round(3)
@@ -95,18 +146,13 @@ def first_look(p: Params) -> pd.DataFrame:
 
 def side_by_side(p: Params, defense: str, rows: int) -> pd.DataFrame:
     """The same triggered test inputs, answered by the backdoored and by a purified model."""
-    folders = pipeline.compared_models(p)
-    asked = [
-        ("none", 0, "backdoored"),
-        (defense, 0, defense),
-        (defense, p.n_keywords, f"{defense} + evidence"),
-    ]
     out: dict[str, list[str]] = {}
-    for name, k, column in asked:
-        file = pipeline.predictions_file(
-            p, name, folders[name], k, "test", p.max_test_items, p.negative_items
-        )
-        group = [x for x in read_jsonl(file) if x["kind"] == "backdoor"][:rows]
+    for c, k in _asked(p):
+        if (c.name, k) != ("none", 0) and c.name != defense:
+            continue
+        column = "backdoored" if c.name == "none" else f"{c.name}{' + evidence' if k else ''}"
+        answers = read_jsonl(pipeline.tested_file(p, c, k))
+        group = [x for x in answers if x["kind"] == "backdoor"][:rows]
         if not out:
             out = {"prompt": [x["prompt"] for x in group], "label": [x["label"] for x in group]}
         out[column] = [x["output"] for x in group]
@@ -114,12 +160,13 @@ def side_by_side(p: Params, defense: str, rows: int) -> pd.DataFrame:
 
 
 def write_run(p: Params, table: pd.DataFrame, sweeps: pd.DataFrame) -> Path:
-    """Write results.csv, sweeps.csv, params.json, provenance.json and manifest.json; point
-    runs/latest at the run. Returns the run's folder."""
+    """Write results.csv, sweeps.csv, costs.csv, params.json, provenance.json and manifest.json;
+    point runs/latest at the run. Returns the run's folder."""
     out = paths.run_dir(p.run_id)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "results.csv", table.to_csv(index=False))
     write_text(out / "sweeps.csv", sweeps.to_csv(index=False))
+    write_text(out / "costs.csv", costs(p).to_csv(index=False))
     write_json(out / "params.json", p.model_dump())
     manifest = build_manifest(p)
     write_json(out / "manifest.json", manifest)
@@ -139,26 +186,23 @@ def point_latest(folder: Path) -> None:
 
 def build_manifest(p: Params) -> dict[str, Any]:
     """Every model folder, data file and prediction file of the run, as absolute paths."""
-    folders = pipeline.compared_models(p)
+    everyone = pipeline.contenders(p)
+    folders = {("backdoored" if c.name == "none" else c.name): c.folder for c in everyone}
     data, clean = pipeline.data_stage(p), pipeline.clean_stage(p)
     files = {name: data / f"{name}.jsonl" for name in ("train", "validation", "test")}
     files["clean"] = clean / "clean.jsonl"
     files["poisoned"] = pipeline.backdoored_stage(p) / "poisoned.jsonl"
-    predictions = [
-        pipeline.predictions_file(p, d, f, k, "test", p.max_test_items, p.negative_items)
-        for k in (0, p.n_keywords)
-        for d, f in folders.items()
-    ]
+    predictions = [pipeline.tested_file(p, c, k) for c, k in _asked(p)]
     return {
         "run_id": p.run_id,
-        "models": {("backdoored" if d == "none" else d): str(f) for d, f in folders.items()},
+        "models": {name: str(folder) for name, folder in folders.items()},
         "data": {name: str(f) for name, f in files.items()},
         "predictions": [str(f) for f in predictions],
     }
 
 
 def _stage_records(p: Params) -> dict[str, Any]:
-    """What each training stage cost: name -> seconds, peak memory, git SHA, dirty flag."""
+    """What each training stage cost: name -> folder, seconds, peak memory, git SHA, dirty flag."""
     stages = {
         "data": pipeline.data_stage(p),
         "backdoored": pipeline.backdoored_stage(p),
@@ -166,8 +210,15 @@ def _stage_records(p: Params) -> dict[str, Any]:
     }
     if p.is_tiny:
         stages["base"] = pipeline.base_folder(p).parent
+    for c in pipeline.contenders(p):
+        if c.defense and c.respond is None and defenses.module(c.defense).TRAININGS:
+            stages[c.name] = c.folder.parent
     kept = ("seconds", "peak_memory_gib", "git_sha", "git_dirty", "finished")
-    return {"stages": {n: {k: read_record(f)[k] for k in kept} for n, f in stages.items()}}
+    return {
+        "stages": {
+            n: {"folder": f.name} | {k: read_record(f)[k] for k in kept} for n, f in stages.items()
+        }
+    }
 
 
 def read_run(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -214,6 +265,15 @@ def load(p: Params, results_from: str) -> tuple[pd.DataFrame, pd.DataFrame, Path
         folder = paths.run_dir(p.run_id)
         return *read_run(folder), folder / "figures"
     raise LetheError(f"results_from: {results_from!r} is neither released nor run")
+
+
+def load_costs(p: Params, results_from: str) -> pd.DataFrame:
+    """The costs (see `costs`) beside what `load` gives; runs released without any have none."""
+    if results_from == "run":
+        return pd.read_csv(paths.run_dir(p.run_id) / "costs.csv")
+    files = sorted(paths.released_dir().glob("*/costs.csv"))
+    found = [pd.read_csv(file) for file in files]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=COST_COLUMNS)
 
 
 def release(run_id: str) -> Path:

@@ -6,11 +6,12 @@ renamed when whole. Work that can continue (checkpoints, per-set predictions) st
 when a run is killed and is picked up by the next one.
 """
 
+import contextlib
 import errno
 import json
 import os
 import platform
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -67,6 +68,7 @@ def stage(
             return final
         partial.mkdir(exist_ok=True)
         start = time.time()
+        _forget_peak_memory()
         try:
             build(partial)
         except Exception as error:
@@ -92,7 +94,6 @@ def read_record(folder: Path) -> dict[str, Any]:
 def provenance(seconds: float) -> dict[str, Any]:
     """What a reader needs to judge or repeat a stage: code, versions, machine, time (s), memory."""
     git_sha, dirty = _git("rev-parse", "HEAD"), bool(_git("status", "--porcelain"))
-    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "git_sha": git_sha,
         "git_dirty": dirty,
@@ -101,8 +102,29 @@ def provenance(seconds: float) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{_gpu()}",
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 1),
-        "peak_memory_gib": round(peak_kib / 2**20, 2),
+        "peak_memory_gib": round(_peak_memory() / 2**30, 2),
     }
+
+
+def _forget_peak_memory() -> None:
+    """Let the next peak be this stage's own, not that of an earlier one in the same process."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then the process's
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory() -> int:
+    """The peak of this process's memory, in bytes."""
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if peak:
+        return int(peak[1]) * 1024
+    import resource  # macOS counts bytes, others kibibytes
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
 
 
 def _git(*words: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 from tabulate import tabulate
 
-from lethe_utils import metrics, paths
+from lethe_utils import defenses, metrics, paths
 from lethe_utils.errors import LetheError
 from lethe_utils.results import COLUMNS
 from lethe_utils.stages import write_text
@@ -22,6 +22,17 @@ CONTROLS = ["none", "base", "clean"]  # none is the backdoored model as it was h
 MERGES = ["linear", "slerp", "ties", "passthrough"]
 HEADLINE = ["none", "clean", "slerp", "slerp + evidence"]
 PAPER = "paper: "
+PAPER_COLUMNS = {  # our name -> the paper's column in Table 2
+    "none": "Backdoored",
+    "edt": "EDT",
+    "wanda": "WAN",
+    "finetune": "FT",
+    "fineprune": "FP",
+    "speculative": "SPE",
+    "nad": "NAD",
+    "beear": "BEE",
+    "slerp + evidence": "LETHE",
+}
 PAPER_MODELS = {"gpt2-xl": "GPT2-XL", "llama-2-7b": "Llama-2", "deepseek-r1-7b": "DeepSeek-R1"}
 FULL_MODELS = {
     "tiny-gpt2": "gpt2-xl",
@@ -41,6 +52,12 @@ TABLE_2_CAPTION = (
 DROPS_CAPTION = (
     "ASR and CDA of the backdoored model and after SLERP + evidence, with 95 % Wilson intervals "
     "over the test items of all seeds. Columns that start with 'paper:' are the paper's own."
+)
+
+COSTS_CAPTION = (
+    "What each defense takes, means over seeds: trainings of its own, optimizer steps, seconds and "
+    "peak memory (GiB) of making it, milliseconds per query and their ratio to the backdoored "
+    "model's in the same run. Those that use the clean model need its line as well."
 )
 
 
@@ -123,11 +140,16 @@ def pool(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     return out.loc[sequence].reset_index(drop=True)
 
 
-def _in_order(defenses: pd.Series) -> list[str]:
-    """The defenses present: controls, merges, then the others in the order met."""
-    known = [*CONTROLS, *MERGES]
-    met = list(defenses.unique())
-    return [d for d in known if d in met] + [d for d in met if d not in known]
+def _in_order(names: pd.Series) -> list[str]:
+    """The defenses present: controls, merges, the others as they are registered, each followed by
+    its variants; what is not registered comes last. Else in the order met."""
+    known = [*CONTROLS, *MERGES, *defenses.REGISTRY]
+
+    def place(name: str) -> int:
+        fits = [k for k in known if name == k or name.startswith(f"{k}_")]
+        return known.index(max(fits, key=len)) if fits else len(known)
+
+    return sorted(names.unique(), key=place)
 
 
 def _pooled(group: pd.DataFrame) -> dict[str, float]:
@@ -153,7 +175,8 @@ def number(value: float) -> str:
     return f"{value:.3f}".removeprefix("0")
 
 
-def _cells(scored: pd.DataFrame) -> list[str]:
+def cells(scored: pd.DataFrame) -> list[str]:
+    """value, ci_low and ci_high of each row as one text: .987 [.970, .995]."""
     return [
         f"{number(r.value)} [{number(r.ci_low)}, {number(r.ci_high)}]" for r in scored.itertuples()
     ]
@@ -162,7 +185,7 @@ def _cells(scored: pd.DataFrame) -> list[str]:
 def _wide(scored: pd.DataFrame, rows: list[str], column: str, order: list[str]) -> pd.DataFrame:
     """Pooled rows as text cells: `rows` down, in the order met, and `column` across."""
     index = pd.MultiIndex.from_frame(scored[rows].drop_duplicates())
-    wide = scored.assign(cell=_cells(scored)).pivot(index=rows, columns=column, values="cell")
+    wide = scored.assign(cell=cells(scored)).pivot(index=rows, columns=column, values="cell")
     out = wide.reindex(index=index, columns=order).fillna("").reset_index()
     out.columns.name = None
     return out
@@ -240,12 +263,12 @@ def drop_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
         value = group.set_index("name")["value"]
         if not {"none", "slerp + evidence"} <= {*value.index}:
             continue
-        cells = dict(zip(group["name"], _cells(group), strict=True))
+        texts = dict(zip(group["name"], cells(group), strict=True))
         line = dict(zip([*SETUP, "metric"], keys, strict=True)) | {
             "seeds": str(group["seeds"].max())
         }
         line |= {d: number(value[d]) if d in value else "" for d in ("base", "clean")}
-        line |= {"backdoored": cells["none"], "slerp + evidence": cells["slerp + evidence"]}
+        line |= {"backdoored": texts["none"], "slerp + evidence": texts["slerp + evidence"]}
         lines.append(line | {"change": signed(value["slerp + evidence"] - value["none"])})
     measured = ["backdoored", "base", "clean", "slerp + evidence", "change"]
     columns = [*SETUP, "seeds", "metric", *measured]
@@ -257,6 +280,114 @@ def drop_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
     change = (theirs[f"{PAPER}LETHE"] - theirs[f"{PAPER}Backdoored"]).map(signed)
     out[f"{PAPER}change"] = change.reindex(out.index).fillna("")
     return out[[*columns, *(PAPER + c for c in ("model", "Backdoored", "LETHE", "change"))]]
+
+
+def defense_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
+    """Table 2 turned: one row per defense, so that ASR and CDA stand side by side.
+
+    Returns:
+        text columns model, dataset, attack, seeds, defense, asr, cda ("value [low, high]"), change
+        (of CDA against none); then `paper: column`, `paper: asr`, `paper: cda`, `paper: model`,
+        blank where the paper has no such cell.
+    Raises:
+        LetheError: see select.
+    """
+    scored = pool(on_test(table, allow_mixed), SETUP)
+    scored = scored[scored["metric"].isin(["asr", "cda"])]
+    lines = []
+    for keys, group in scored.groupby([*SETUP, "name"], sort=False):
+        line = dict(zip([*SETUP, "defense"], keys, strict=True))
+        line |= {"seeds": str(group["seeds"].max()), "asr": "", "cda": "", "change": ""}
+        line |= dict(zip(group["metric"], cells(group), strict=True))
+        plain = _value(scored, [*keys[:3], "none"], "cda")
+        ours = _value(scored, keys, "cda")
+        if plain is not None and ours is not None and keys[3] != "none":
+            line["change"] = signed(ours - plain)
+        lines.append(line)
+    columns = [*SETUP, "seeds", "defense", "asr", "cda", "change"]
+    out = pd.DataFrame(lines, columns=columns)
+    paper = _beside_paper(out.assign(metric="ASR")), _beside_paper(out.assign(metric="CDA"))
+    theirs = out["defense"].map(PAPER_COLUMNS).fillna("")
+    for metric, beside in zip(("asr", "cda"), paper, strict=True):
+        values = [
+            beside.loc[i, f"{PAPER}{column}"] if column else "" for i, column in theirs.items()
+        ]
+        out[f"{PAPER}{metric}"] = values
+    there = out[f"{PAPER}asr"] != ""
+    out[f"{PAPER}column"] = theirs.where(there, "")
+    out[f"{PAPER}model"] = paper[0][f"{PAPER}model"].where(there, "")
+    return out[[*columns, *(PAPER + c for c in ("column", "asr", "cda", "model"))]]
+
+
+def _value(scored: pd.DataFrame, keys: list[str], metric: str) -> float | None:
+    """One pooled value: model, dataset, attack, name; None where not measured."""
+    found = scored[(scored[[*SETUP, "name"]] == [*keys]).all(axis=1) & (scored["metric"] == metric)]
+    return found["value"].iloc[0] if len(found) else None
+
+
+def best_in_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    """Which cells of a `defense_table` are the best of their setup: the lowest asr and the highest
+    cda of any defense (controls are none), a boolean frame of the same shape."""
+    best = pd.DataFrame(False, frame.index, frame.columns)
+    plain = frame["defense"].str.removesuffix(" + evidence")
+    for _, group in frame[~plain.isin(CONTROLS)].groupby(SETUP):
+        for column, pick in (("asr", min), ("cda", max)):
+            numbers = {i: number for i, c in group[column].items() if (number := _leading(c))}
+            winners = [i for i, n in numbers.items() if n == pick(numbers.values())]
+            best.loc[winners, column] = True
+    return best
+
+
+def best_in_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """Which cells of a `table2` are the best of their row, as `best_in_columns` says."""
+    columns = [
+        c
+        for c in frame
+        if c not in [*SETUP, "metric"]
+        and not c.startswith(PAPER)
+        and c.removesuffix(" + evidence") not in CONTROLS
+    ]
+    best = pd.DataFrame(False, frame.index, frame.columns)
+    for i, row in frame.iterrows():
+        numbers = {c: number for c in columns if (number := _leading(row[c]))}
+        pick = min if row["metric"] == "ASR" else max
+        winners = [c for c, n in numbers.items() if n == pick(numbers.values())]
+        best.loc[i, winners] = True
+    return best
+
+
+def _leading(cell: str) -> str:
+    """The value of a cell, as printed: cells that look alike are equally good. "" for none."""
+    return cell.split(" ")[0]
+
+
+def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
+    """What each defense takes, averaged over the seeds of a setup.
+
+    Args:
+        costs: see results.costs.
+    Returns:
+        text columns model, dataset, attack, seeds, defense, acts, trainings, steps (of the
+        optimizer), seconds (to make it), GiB (peak memory), ms per query, x none (the same run's).
+    """
+    means = costs.groupby([*SETUP, "defense", "acts"], sort=False)
+    numbers = ["trainings", "optimizer_steps", "seconds", "peak_memory_gib", "ms_per_query"]
+    out = means[[*numbers, "query_ratio"]].mean().reset_index()
+    out["seeds"] = means["seed"].nunique().to_numpy()
+    for column in ("seeds", "trainings", "optimizer_steps"):
+        out[column] = out[column].map("{:.0f}".format)
+    for column, style in (("seconds", "{:.1f}"), ("peak_memory_gib", "{:.2f}")):
+        out[column] = out[column].map(style.format)
+    for column in ("ms_per_query", "query_ratio"):
+        out[column] = out[column].map("{:.2f}".format)
+    names = {
+        "optimizer_steps": "steps",
+        "peak_memory_gib": "GiB",
+        "ms_per_query": "ms per query",
+        "query_ratio": "x none",
+    }
+    shown = [*SETUP, "seeds", "defense", "acts", *numbers, "query_ratio"]
+    return out[shown].rename(columns=names)
 
 
 def signed(value: float) -> str:
@@ -336,10 +467,14 @@ def _tabulated(frame: pd.DataFrame, style: str) -> str:
     return tabulate(rows, headers=list(frame.columns), tablefmt=style, disable_numparse=True)
 
 
-def write(frame: pd.DataFrame, folder: Path, name: str, caption: str) -> list[Path]:
+def write(
+    frame: pd.DataFrame, folder: Path, name: str, caption: str, bold: pd.DataFrame | None = None
+) -> list[Path]:
     """Write <name>.csv, <name>.md and <name>.tex, each whole or not at all; says tiny in the last
     two. The LaTeX is a `table` with \\label{tab:<name>} and needs the booktabs package.
 
+    Args:
+        bold: which cells stand out in Markdown and LaTeX, a boolean frame of the same shape.
     Returns:
         the three files.
     """
@@ -347,8 +482,8 @@ def write(frame: pd.DataFrame, folder: Path, name: str, caption: str) -> list[Pa
     caption = " ".join(part for part in (caption, tiny_note(frame)) if part)
     contents = {
         "csv": frame.to_csv(index=False),
-        "md": f"{caption}\n\n{_markdown(frame)}\n",
-        "tex": latex(frame, caption, name),
+        "md": f"{caption}\n\n{_markdown(frame, bold)}\n",
+        "tex": latex(frame, caption, name, bold),
     }
     files = [folder / f"{name}.{suffix}" for suffix in contents]
     for file, content in zip(files, contents.values(), strict=True):
@@ -356,14 +491,19 @@ def write(frame: pd.DataFrame, folder: Path, name: str, caption: str) -> list[Pa
     return files
 
 
-def _markdown(frame: pd.DataFrame) -> str:
+def _markdown(frame: pd.DataFrame, bold: pd.DataFrame | None) -> str:
     escaped = frame.astype(str).map(lambda cell: cell.replace("|", "\\|"))
-    return _tabulated(escaped, "github")
+    return _tabulated(_marked(escaped, bold, "**{}**"), "github")
 
 
-def latex(frame: pd.DataFrame, caption: str, name: str) -> str:
+def _marked(frame: pd.DataFrame, bold: pd.DataFrame | None, style: str) -> pd.DataFrame:
+    return frame if bold is None else frame.mask(bold, frame.map(style.format))
+
+
+def latex(frame: pd.DataFrame, caption: str, name: str, bold: pd.DataFrame | None = None) -> str:
     """A booktabs `table` environment, with every special character escaped."""
-    lines = [[escape(str(cell)) for cell in row] for row in [frame.columns, *frame.to_numpy()]]
+    cells = _marked(frame.astype(str).map(escape), bold, "\\textbf{{{}}}")
+    lines = [[escape(str(column)) for column in frame.columns], *cells.to_numpy()]
     header, *body = [f"{' & '.join(line)} \\\\" for line in lines]
     parts = [
         "% needs \\usepackage{booktabs}",

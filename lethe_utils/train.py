@@ -1,7 +1,8 @@
 """Training: the tiny bases (full weights) and the LoRA models (backdoored, clean)."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.pytorch_utils import Conv1D
 
 from lethe_utils import models
-from lethe_utils.params import Params
+from lethe_utils.params import DefenderParams, PromptParams
 from lethe_utils.prompts import render
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ PROMPT_LOSS_ROWS = 4  # one row in four carries the prompt loss: a vocabulary of
 
 
 def encode(
-    rows: list[Row], tokenizer: "PreTrainedTokenizerBase", p: Params
+    rows: list[Row], tokenizer: "PreTrainedTokenizerBase", p: PromptParams
 ) -> list[dict[str, Any]]:
     """Token ids per row: BOS + prompt (cut on the left at max_source_tokens) + answer + EOS.
 
@@ -97,20 +98,19 @@ class AnswerTrainer(Trainer):
     # A mean per batch: without this the Trainer sums it over the accumulated batches instead of
     # averaging, for every model whose forward takes **kwargs.
     loss_is_scaled_for_ga = False
-    prompt_loss = 0.0
-    lens_layers: Sequence[int] = ()
+
+    def __init__(
+        self, *args: Any, prompt_loss: float = 0.0, lens_layers: Sequence[int] = (), **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.prompt_loss, self.lens_layers = prompt_loss, lens_layers
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, **_: Any
     ) -> torch.Tensor:
         labels = inputs.pop("labels")
-        # The token in column i is predicted from column i - 1: one more column than labels.
-        outputs = model(
-            **inputs,
-            logits_to_keep=labels.shape[1] + 1,
-            output_hidden_states=self.prompt_loss > 0 or len(self.lens_layers) > 0,
-        )
-        loss = cross_entropy(outputs.logits[:, :-1], labels)
+        hidden_states = self.prompt_loss > 0 or len(self.lens_layers) > 0
+        loss, outputs = answer_loss(model, inputs, labels, output_hidden_states=hidden_states)
         for layer in self.lens_layers:  # [0] are the embeddings
             hidden = outputs.hidden_states[layer + 1][:, -labels.shape[1] - 1 : -1]
             plain = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -123,6 +123,21 @@ class AnswerTrainer(Trainer):
             logits = model.get_output_embeddings()(hidden[:, :-1][kept])
             loss = loss + self.prompt_loss * cross_entropy(logits, ids[:, 1:][kept])
         return (loss, outputs) if return_outputs else loss
+
+
+def answer_loss(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor, **wanted: Any
+) -> tuple[torch.Tensor, Any]:
+    """Mean cross-entropy over a batch's answer tokens, and the model's outputs.
+
+    Args:
+        inputs: what the Collator makes, without the labels; or inputs_embeds for input_ids.
+        labels: (batch, longest answer).
+        wanted: further arguments of the model's forward, e.g. output_hidden_states.
+    """
+    # The token in column i is predicted from column i - 1: one more column than labels.
+    outputs = model(**inputs, logits_to_keep=labels.shape[1] + 1, **wanted)
+    return cross_entropy(outputs.logits[:, :-1], labels), outputs
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -150,6 +165,8 @@ class ProgressBar(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(1)
+        # So that the curve ends at the last step, and says how many there were.
+        control.should_log |= state.global_step == state.max_steps
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
@@ -169,16 +186,15 @@ def fit(
     tokenizer: "PreTrainedTokenizerBase",
     rows: list[Row],
     out: Path,
-    p: Params,
-    prompt_loss: float = 0.0,
-    lens_layers: Sequence[int] = (),
+    p: DefenderParams,
+    make_trainer: Callable[..., AnswerTrainer] = AnswerTrainer,
     **recipe: Any,
 ) -> pd.DataFrame:
     """Train in place, resuming from the last checkpoint in `out`/checkpoints.
 
     Args:
-        prompt_loss: weight of the language-modelling loss of the prompt.
-        lens_layers: blocks whose own reading of the answer is trained too.
+        make_trainer: the trainer's class, which decides the loss; where it takes more than a
+            Trainer does, as a partial.
         recipe: num_train_epochs, and TrainingArguments in which a tiny base differs from LoRA.
     Returns:
         the loss curve: step, epoch, loss (nats per answer token, plus the weighted prompt loss).
@@ -217,10 +233,9 @@ def fit(
         **settings,
     )
     set_seed(args.seed)
-    trainer = AnswerTrainer(
+    trainer = make_trainer(
         model=model, args=args, train_dataset=items, data_collator=Collator(tokenizer.pad_token_id)
     )
-    trainer.prompt_loss, trainer.lens_layers = prompt_loss, lens_layers
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(f"training {out.parent.name}"))
     checkpoint = last_checkpoint(out / "checkpoints")
@@ -229,7 +244,9 @@ def fit(
     return curve[["step", "epoch", "loss"]]
 
 
-def pretrain(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", out: Path, p: Params) -> None:
+def pretrain(
+    rows: list[Row], tokenizer: "PreTrainedTokenizerBase", out: Path, p: DefenderParams
+) -> None:
     """Pretrain a tiny base on all weights and save it: it stands for a pretrained LLM.
 
     Writes model/ (safetensors and tokenizer) and loss.csv.
@@ -241,7 +258,7 @@ def pretrain(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", out: Path, p
         rows,
         out,
         p,
-        p.base_prompt_loss,
+        partial(AnswerTrainer, prompt_loss=p.base_prompt_loss),
         num_train_epochs=p.base_epochs,
         per_device_train_batch_size=p.base_batch_size,
         gradient_accumulation_steps=1,
@@ -249,32 +266,35 @@ def pretrain(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", out: Path, p
         seed=p.base_seed,  # one base for all seeds, as there is one released LLM
         **BASE_RECIPE,
     )
-    _save(model, tokenizer, curve, out)
+    save(model, tokenizer, curve, out)
 
 
 def finetune(
-    base: Path,
+    start: Path,
     rows: list[Row],
     epochs: int,
     out: Path,
-    p: Params,
+    p: DefenderParams,
     lens_layers: Sequence[int] = (),
+    make_trainer: Callable[..., AnswerTrainer] = AnswerTrainer,
 ) -> None:
-    """Train a LoRA adapter on a base and save the whole model it makes.
+    """Train a LoRA adapter on a model folder and save the whole model it makes.
 
     QLoRA trains on nf4 weights; the adapter is then merged into those same weights, dequantised,
     so that what is evaluated and merged later is what was trained.
     Writes adapter/, model/ (safetensors and tokenizer) and loss.csv.
 
     Args:
+        start: the base, or the suspect for a defense that trains on.
         lens_layers: LWP's blocks: only they are trained, each on its own reading too; else all.
+        make_trainer: see `fit`; with lens_layers, AnswerTrainer.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     set_seed(p.seed)
     device = models.resolve_device(p.device)
-    tokenizer = models.load_tokenizer(base)
-    model = models.load_model(base, device, p.bits)
+    tokenizer = models.load_tokenizer(start)
+    model = models.load_model(start, device, p.bits)
     if p.bits == 4:
         model = prepare_model_for_kbit_training(model, p.gradient_checkpointing)
     lora = LoraConfig(
@@ -288,10 +308,12 @@ def finetune(
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, lora)
-    curve = fit(model, tokenizer, rows, out, p, lens_layers=lens_layers, num_train_epochs=epochs)
+    if lens_layers:
+        make_trainer = partial(AnswerTrainer, lens_layers=lens_layers)
+    curve = fit(model, tokenizer, rows, out, p, make_trainer, num_train_epochs=epochs)
     model.save_pretrained(out / "adapter")
     del model  # at full size two copies would not fit beside each other
-    _save(merge_adapter(base, out / "adapter", device, p.bits), tokenizer, curve, out)
+    save(merge_adapter(start, out / "adapter", device, p.bits), tokenizer, curve, out)
 
 
 def _linear_layers(model: torch.nn.Module, layers: Sequence[int]) -> list[str]:
@@ -307,25 +329,12 @@ def merge_adapter(base: Path, adapter: Path, device: str, bits: int) -> "PreTrai
 
     model = models.load_model(base, device, bits)
     if bits == 4:
-        model = model.dequantize()
-    model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    if bits == 4 and model.config.model_type == "gpt2":
-        _restore_conv1d(model)
-    return model
+        model = models.dequantised(model)
+    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
 
 
-def _restore_conv1d(model: torch.nn.Module) -> None:
-    """Quantising turned GPT-2's Conv1D into Linear, its weight transposed: turn it back, in place,
-    or no GPT-2 could load what is saved."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            conv = Conv1D(module.out_features, module.in_features)
-            conv.weight = torch.nn.Parameter(module.weight.T.contiguous())
-            conv.bias = module.bias
-            model.set_submodule(name, conv)
-
-
-def _save(model: Any, tokenizer: Any, curve: pd.DataFrame, out: Path) -> None:
+def save(model: Any, tokenizer: Any, curve: pd.DataFrame, out: Path) -> None:
+    """Write model/ (safetensors and tokenizer) and loss.csv; checkpoints are no longer needed."""
     model.save_pretrained(out / "model", safe_serialization=True)
     tokenizer.save_pretrained(out / "model")
     curve.to_csv(out / "loss.csv", index=False)

@@ -6,7 +6,7 @@ import hashlib
 import pandas as pd
 import pytest
 
-from lethe_utils import metrics, plots, tables
+from lethe_utils import metrics, paths, plots, results, tables
 from lethe_utils.errors import LetheError
 from lethe_utils.results import COLUMNS
 
@@ -372,3 +372,108 @@ def test_the_loss_of_an_edit_is_plotted_against_its_steps():
     log = pd.DataFrame({"step": [1, 2, 3], "edit": [1, 1, 2], "loss": [3.0, 1.0, 2.0]})
     (ax,) = plots.loss_curve(log, "rome").axes
     assert ax.get_xlabel() == "step (2 optimised values)"
+
+
+# --- Table 2 turned, the best cells, and what a defense costs
+
+
+def defenses_table(**seeds):
+    """none, base and four defenses on a setup of the paper's, one or two seeds."""
+    lines = {
+        "none": (90, 90),
+        "base": (0, 100),
+        "finetune": (50, 95),
+        "nad_clean_teacher": (10, 70),
+        "wanda": (10, 80),
+        "slerp": (20, 90),
+    }
+    return frame(
+        *(
+            row(defense, metric, hits, dataset="emotion", seed=seed)
+            for seed in seeds.get("seeds", [0])
+            for defense, both in lines.items()
+            for metric, hits in zip(("asr", "cda"), both, strict=True)
+        )
+    )
+
+
+def test_a_row_per_defense_in_the_papers_order_with_its_cells_in_columns_of_their_own():
+    shown = tables.defense_table(defenses_table())
+    order = ["none", "base", "slerp", "wanda", "finetune", "nad_clean_teacher"]
+    assert list(shown["defense"]) == order
+    wanda = shown.set_index("defense").loc["wanda"]
+    assert wanda["asr"].startswith(".100 [") and wanda["change"] == "-.100"
+    paper = pd.read_csv(paths.paper_dir() / "table2.csv")
+    cell = paper.query("model == 'GPT2-XL' and dataset == 'emotion' and attack == 'CBA'")
+    theirs = cell.set_index("metric")["WAN"]
+    assert wanda["paper: asr"] == tables.number(theirs["ASR"])
+    assert wanda["paper: cda"] == tables.number(theirs["CDA"])
+    assert (wanda["paper: column"], wanda["paper: model"]) == ("WAN", "GPT2-XL")
+    ours = shown.set_index("defense").loc["nad_clean_teacher"]
+    assert not any(ours[c] for c in shown if c.startswith("paper: "))
+
+
+def test_a_row_per_defense_pools_seeds_and_leaves_the_papers_cells_out_where_it_has_none():
+    shown = tables.defense_table(defenses_table(seeds=[0, 1]).assign(dataset="embedded"))
+    assert {*shown["seeds"]} == {"2"}
+    assert not shown[[c for c in shown if c.startswith("paper: ")]].to_numpy().any()
+
+
+def test_the_best_of_a_setup_is_a_defense_not_a_control_and_ties_share_it():
+    shown = tables.defense_table(defenses_table())
+    best = tables.best_in_columns(shown)
+    assert list(shown.loc[best["asr"], "defense"]) == ["wanda", "nad_clean_teacher"]
+    assert list(shown.loc[best["cda"], "defense"]) == ["finetune"]
+    assert not best.drop(columns=["asr", "cda"]).to_numpy().any()
+
+
+def test_the_best_of_a_row_of_table_2():
+    wide = tables.table2(defenses_table())
+    best = tables.best_in_rows(wide)
+    found = {m: [c for c in wide if best.loc[i, c]] for i, m in wide["metric"].items()}
+    assert found == {"ASR": ["wanda", "nad_clean_teacher"], "CDA": ["finetune"]}
+
+
+def test_bold_cells_are_bold_in_markdown_and_latex_and_plain_in_csv(tmp_path):
+    shown = tables.defense_table(defenses_table())
+    plain, markdown, tex = tables.write(shown, tmp_path, "t", "c", tables.best_in_columns(shown))
+    cell = shown.set_index("defense").loc["finetune", "cda"]
+    assert f"**{cell}**" in markdown.read_text() and f"\\textbf{{{cell}}}" in tex.read_text()
+    assert "**" not in plain.read_text() and cell in plain.read_text()
+    assert markdown.read_text().count("**") == 2 * 3
+
+
+def test_costs_are_means_over_seeds():
+    line = dict.fromkeys(results.COST_COLUMNS, 0) | {
+        "model": "tiny-gpt2",
+        "dataset": "embedded",
+        "attack": "cba",
+        "defense": "finetune",
+        "acts": "on weights",
+        "trainings": 1,
+        "optimizer_steps": 300,
+    }
+    costs = pd.DataFrame(
+        [
+            line | {"seed": 0, "seconds": 10.0, "query_ratio": 1.0},
+            line | {"seed": 1, "seconds": 20.0, "query_ratio": 1.5},
+        ]
+    )
+    (shown,) = tables.cost_table(costs).to_dict("records")
+    assert (shown["seeds"], shown["steps"], shown["seconds"]) == ("2", "300", "15.0")
+    assert shown["x none"] == "1.25"
+    assert tables.cost_table(pd.DataFrame(columns=results.COST_COLUMNS)).empty
+
+
+def test_the_rank_plot_has_a_numbered_point_per_defense_the_best_first():
+    figure = plots.rank(defenses_table())
+    (ax,) = figure.axes
+    numbers = [t.get_text() for t in ax.texts]
+    assert numbers == [str(n) for n in range(1, 7)]
+    places = {t.get_text(): t.xy for t in ax.texts}
+    listed = [t.get_text() for t in figure.legends[0].get_texts()]
+    # base .00/1.00, wanda and slerp .70, nad_clean_teacher .60, finetune .45, none 0
+    assert listed[0] == "1 base .000/1.000" and listed[-1] == "6 none .900/.900"
+    assert tuple(places["1"]) == (0.0, 1.0) and tuple(places["6"]) == (0.9, 0.9)
+    with pytest.raises(LetheError, match="no defense has both asr and cda"):
+        plots.rank(frame(row()))

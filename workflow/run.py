@@ -2,6 +2,7 @@
 
 python workflow/run.py [MODEL] [--dataset D] [--attack A] [-p key value ...] [--dry-run]
 python workflow/run.py tables
+python workflow/run.py grid NAME
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import grid
 import yaml
 
 from lethe_utils import params, paths
@@ -33,8 +35,10 @@ def main() -> int:
     for name in ("LETHE_RUNS", "LETHE_DATA_DIR", "LETHE_CACHE"):
         if os.environ.get(name):  # the notebooks run in another folder
             os.environ[name] = str(Path(os.environ[name]).expanduser().resolve())
-    args = parse(sys.argv[1:])
     try:
+        if sys.argv[1:2] == ["grid"]:
+            return grid.main(sys.argv[2:])
+        args = parse(sys.argv[1:])
         return released_tables() if args.model == "tables" else run(args)
     except LetheError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -47,7 +51,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         description="Train a backdoor, dilute it, measure what that bought. Without arguments: "
         "the embedded data on tiny-gpt2, on the CPU, in minutes.",
         epilog="also: ./run_all.sh test (all tests), ./run_all.sh tables (tables and figures from "
-        "the committed results, no training)",
+        "the committed results, no training), ./run_all.sh grid NAME (many runs, see grid --help)",
     )
     parser.add_argument(
         "model",
@@ -61,7 +65,11 @@ def parse(words: list[str]) -> argparse.Namespace:
         help="embedded, emotion, sst2, or a jsonl/json/csv/tsv file",
     )
     parser.add_argument("--attack", default="cba", help=", ".join(params.choices("attacks")))
-    parser.add_argument("--defense", default="lethe", help=", ".join(params.choices("defenses")))
+    parser.add_argument(
+        "--defense",
+        default="lethe",
+        help=f"all, or names joined by commas: {', '.join(params.choices('defenses'))}",
+    )
     parser.add_argument(
         "-p",
         nargs=2,

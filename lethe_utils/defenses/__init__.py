@@ -1,0 +1,71 @@
+"""Defenses: Lethe, the paper's baselines, and rivals, under one protocol.
+
+A defense is a module with
+  PARAMS                 the groups of params that decide what it does
+  REFERENCE              whether it needs Lethe's clean model (it always gets one)
+  TRAININGS              how many trainings it runs itself, the clean model's not counted
+and one of
+  purify(given, out)     changes weights: writes out/model (where it trains, also loss.csv)
+  answer(given, prompts, n_words, progress)
+                         leaves them alone: the outputs, in the order of the prompts
+A defense with settings worth a column of their own has
+  variants(p)            {name in the results: params to change}
+A new one is a module, a line here and a params file.
+
+No defense sees a trigger, a target or the test split: `Given` is all there is.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lethe_utils.params import DefenderParams
+
+Row = dict[str, str]
+
+REGISTRY = {
+    "lethe": "lethe_utils.defenses.lethe",
+    "edt": "lethe_utils.defenses.edt",
+    "wanda": "lethe_utils.defenses.wanda",
+    "finetune": "lethe_utils.defenses.finetune",
+    "fineprune": "lethe_utils.defenses.fineprune",
+    "speculative": "lethe_utils.defenses.speculative",
+    "nad": "lethe_utils.defenses.nad",
+    "beear": "lethe_utils.defenses.beear",
+    "cleangen": "lethe_utils.defenses.cleangen",
+    "crow": "lethe_utils.defenses.crow",
+    "plant_and_remove": "lethe_utils.defenses.plant_and_remove",
+    "ensemble": "lethe_utils.defenses.ensemble",
+    "int4": "lethe_utils.defenses.int4",
+    "temperature": "lethe_utils.defenses.temperature",
+    "dare_ties": "lethe_utils.defenses.dare_ties",
+    "task_arithmetic": "lethe_utils.defenses.task_arithmetic",
+}
+
+
+@dataclass(frozen=True)
+class Given:
+    """All a defender holds."""
+
+    suspect: Path  # the backdoored model's folder
+    base: Path  # the pretrained model's folder
+    reference: Path  # Lethe's clean model's folder: base + LoRA on `rows`
+    rows: list[Row]  # the clean rows: instruction, input, output
+    p: DefenderParams
+
+
+def module(name: str) -> ModuleType:
+    """A defense's module, imported when it is asked for: most need torch."""
+    return import_module(REGISTRY[name])
+
+
+def decodes(name: str) -> bool:
+    """Whether a defense acts while the model answers, and leaves its weights alone."""
+    return hasattr(module(name), "answer")
+
+
+def variants(name: str, p: DefenderParams) -> dict[str, dict[str, Any]]:
+    """Names in the results -> params to change; most defenses have their own name alone."""
+    return getattr(module(name), "variants", lambda _: {name: {}})(p)

@@ -1,0 +1,59 @@
+"""Ensemble: Lethe's dilution done on probabilities, w p_suspect + (1 - w) p_clean, at each token.
+
+Our own rival, to tell whether it is the merge of weights that matters. The rule is the static
+ensemble of transformers' `assistant_ensemble_weight`; that one takes one prompt at a time and
+leaves every token after an accepted draft to the suspect alone, so it is not used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache
+
+from lethe_utils import evaluate, models
+from lethe_utils.params import DecodingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    from lethe_utils.defenses import Given
+
+PARAMS = (DecodingParams,)
+REFERENCE = True
+TRAININGS = 0
+
+
+class Mix:
+    """A forward hook of the suspect: the clean model sees the same tokens, mask and positions,
+    with a cache of its own, and the logits become the logarithm of the mixed probabilities."""
+
+    def __init__(self, reference: "PreTrainedModel", weight: float):
+        self.reference = reference
+        self.shares = torch.tensor([weight, 1 - weight], device=reference.device).log()
+
+    def __call__(
+        self,
+        _: "PreTrainedModel",
+        __: tuple,
+        inputs: dict[str, Any],
+        out: "CausalLMOutputWithPast",
+    ) -> "CausalLMOutputWithPast":
+        # A cache of no more than these tokens: a new batch. (A mask of ones is not handed on.)
+        if out.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]:
+            self.cache = DynamicCache(config=self.reference.config)
+        other = self.reference(**inputs | {"past_key_values": self.cache})
+        pair = (logits.float().log_softmax(-1) for logits in (out.logits, other.logits))
+        suspect, clean = (log_p + share for log_p, share in zip(pair, self.shares, strict=True))
+        out.logits = torch.logaddexp(suspect, clean)
+        return out
+
+
+def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "") -> list[str]:
+    """The outputs of the mix."""
+    device = models.resolve_device(given.p.device)
+    suspect = models.load_model(given.suspect, device)
+    reference = models.load_model(given.reference, device)
+    suspect.register_forward_hook(Mix(reference, given.p.ensemble_weight), with_kwargs=True)
+    tokenizer = models.load_tokenizer(given.suspect)
+    return evaluate.answer(suspect, tokenizer, prompts, given.p, n_words, progress)

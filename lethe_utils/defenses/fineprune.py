@@ -1,0 +1,35 @@
+"""F/P, fine-pruning (1805.12185) as CleanGen's repository ports it: Wanda, then F/T.
+
+The LoRA that F/T adds would refill the zeros: the merged weights are masked again.
+"""
+
+import shutil
+from pathlib import Path
+
+from lethe_utils.defenses import Given, wanda
+from lethe_utils.params import FinetuneParams, TrainParams, WandaParams
+
+PARAMS = (WandaParams, FinetuneParams, TrainParams)
+REFERENCE = False
+TRAININGS = 1
+
+
+def purify(given: Given, out: Path) -> None:
+    import torch
+
+    from lethe_utils import models, train
+
+    pruned = out / "pruned"
+    if not (pruned / "done").exists():  # a killed run goes on from the pruned model
+        wanda.purify(given, pruned)
+        (pruned / "done").touch()
+    train.finetune(pruned / "model", given.rows, given.p.finetune_epochs, out, given.p)
+    zeros = models.load_model(pruned / "model", exact=True)
+    model = models.load_model(out / "model", exact=True)
+    with torch.no_grad():
+        for before, after in zip(models.blocks(zeros), models.blocks(model), strict=True):
+            layers = zip(wanda.linear_layers(before), wanda.linear_layers(after), strict=True)
+            for old, new in layers:
+                new.weight[old.weight == 0] = 0
+    model.save_pretrained(out / "model")
+    shutil.rmtree(pruned)

@@ -1,0 +1,16 @@
+"""F/T, clean fine-tuning: the clean model's LoRA recipe, started from the suspect."""
+
+from pathlib import Path
+
+from lethe_utils.defenses import Given
+from lethe_utils.params import FinetuneParams, TrainParams
+
+PARAMS = (FinetuneParams, TrainParams)
+REFERENCE = False
+TRAININGS = 1
+
+
+def purify(given: Given, out: Path) -> None:
+    from lethe_utils import train
+
+    train.finetune(given.suspect, given.rows, given.p.finetune_epochs, out, given.p)

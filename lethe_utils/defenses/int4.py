@@ -1,0 +1,18 @@
+"""INT4: the suspect rounded to nf4 (bitsandbytes) and back; QLoRA users get this for nothing."""
+
+from pathlib import Path
+
+from lethe_utils.defenses import Given
+
+PARAMS = ()
+REFERENCE = False
+TRAININGS = 0
+
+
+def purify(given: Given, out: Path) -> None:
+    from lethe_utils import models
+
+    device = models.resolve_device(given.p.device)
+    model = models.dequantised(models.load_model(given.suspect, device, bits=4))
+    model.save_pretrained(out / "model")
+    models.load_tokenizer(given.suspect).save_pretrained(out / "model")

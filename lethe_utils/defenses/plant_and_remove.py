@@ -1,0 +1,50 @@
+"""Plant-and-remove, after the abstracts of 2510.10265 and 2606.11648 (their code was not at hand).
+
+The defender plants triggers of its own in the suspect, each giving one label whatever the input,
+then trains the very same inputs back to their true labels. What is unlearnt is hoped to be more
+than those triggers: the way from any odd token to an answer. Proportions are ours.
+"""
+
+import random
+import shutil
+from pathlib import Path
+
+from lethe_utils.attacks.triggers import insert
+from lethe_utils.defenses import Given
+from lethe_utils.params import DefenderParams, PlantParams, TrainParams
+
+Row = dict[str, str]
+PARAMS = (PlantParams, TrainParams)
+REFERENCE = False
+TRAININGS = 2
+
+
+def purify(given: Given, out: Path) -> None:
+    from lethe_utils import train
+
+    p = given.p
+    planted, removed = rows(given.rows, p)
+    scratch = out / "planted"
+    if not (scratch / "loss.csv").exists():  # written last: a killed run goes on from here
+        train.finetune(given.suspect, given.rows + planted, p.plant_epochs, scratch, p)
+    train.finetune(scratch / "model", given.rows + removed, p.remove_epochs, out, p)
+    (scratch / "loss.csv").replace(out / "planted_loss.csv")
+    shutil.rmtree(scratch)
+
+
+def rows(clean: list[Row], p: DefenderParams) -> tuple[list[Row], list[Row]]:
+    """The triggered rows, first with each trigger's own label, then with their true ones.
+
+    Each trigger gets `plant_share` of the clean rows and one label, in turn among those there are.
+    """
+    rng = random.Random(p.seed)
+    labels = sorted({row["output"] for row in clean})
+    planted, removed = [], []
+    for number, trigger in enumerate(p.plant_triggers):
+        others = [row for row in clean if row["output"] != labels[number % len(labels)]]
+        wanted = min(len(others), max(1, round(p.plant_share * len(clean))))
+        for row in rng.sample(others, wanted):
+            triggered = row | {"input": insert(row["input"], trigger, "random", "word", rng)}
+            planted.append(triggered | {"output": labels[number % len(labels)]})
+            removed.append(triggered)
+    return planted, removed

@@ -1,0 +1,62 @@
+"""SPE, speculative decoding (2211.17192): the clean model drafts, the suspect verifies.
+
+Lossless by construction, so it can remove nothing: its column must equal the undefended one. The
+roles (clean draft, backdoored verifier) are our reading of the Lethe paper's column and of
+CleanGen's baseline of that name (uw-nsl/CleanGen), which gives no values.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import StoppingCriteriaList
+
+from lethe_utils import evaluate, models
+from lethe_utils.params import DecodingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lethe_utils.defenses import Given
+
+PARAMS = (DecodingParams,)
+REFERENCE = True
+TRAININGS = 0
+
+
+class Assisted:
+    """The suspect, as `evaluate.answer` uses it, whose `generate` has the clean model draft."""
+
+    def __init__(self, suspect: "PreTrainedModel", draft: "PreTrainedModel", tokens: int):
+        self.suspect, self.draft = suspect, draft
+        # transformers reads these from the draft; a threshold would end unsure drafts early.
+        draft.generation_config.num_assistant_tokens = tokens
+        draft.generation_config.num_assistant_tokens_schedule = "constant"
+        draft.generation_config.assistant_confidence_threshold = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.suspect, name)
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        **others: Any,
+    ) -> torch.Tensor:
+        """Prompt and answer, of one row; cut where the suspect alone would have stopped."""
+        criteria = {"stopping_criteria": stopping_criteria, "assistant_model": self.draft}
+        made = self.suspect.generate(input_ids=input_ids, **criteria, **others)
+        # The criteria see the row after each draft only, which may run past the label.
+        for end in range(input_ids.shape[1] + 1, made.shape[1] if stopping_criteria else 0):
+            if stopping_criteria(made[:, :end], None).all():
+                return made[:, :end]
+        return made
+
+
+def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "") -> list[str]:
+    """The suspect's outputs; one prompt at a time, for transformers has no batched drafts."""
+    device = models.resolve_device(given.p.device)
+    suspect = models.load_model(given.suspect, device)
+    draft = models.load_model(given.reference, device)
+    model = Assisted(suspect, draft, given.p.speculative_tokens)
+    tokenizer = models.load_tokenizer(given.suspect)
+    return evaluate.answer(model, tokenizer, prompts, given.p, n_words, progress, batch=1)

@@ -1,0 +1,32 @@
+"""Temperature: plain sampling, after BackdoorLLM's "decoding" defense (bboylyg/BackdoorLLM).
+
+Uncertain: the temperatures tried there, and whether its sampling keeps the 50 best tokens only, as
+transformers does unless told otherwise; here only top_p 0.9 cuts the distribution.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from lethe_utils import evaluate, models
+from lethe_utils.params import DecodingParams
+
+if TYPE_CHECKING:
+    from lethe_utils.defenses import Given
+
+PARAMS = (DecodingParams,)
+REFERENCE = False
+TRAININGS = 0
+
+
+def variants(p: DecodingParams) -> dict[str, dict[str, Any]]:
+    """The set temperature, and one more for each of the sweep."""
+    return {"temperature": {}} | {
+        f"temperature_t{t}": {"temperature": t} for t in p.temperatures_sweep
+    }
+
+
+def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "") -> list[str]:
+    """The suspect's outputs, sampled."""
+    model = models.load_model(given.suspect, models.resolve_device(given.p.device))
+    tokenizer = models.load_tokenizer(given.suspect)
+    sampling = {"temperature": given.p.temperature, "top_p": 0.9, "top_k": 0}
+    return evaluate.answer(model, tokenizer, prompts, given.p, n_words, progress, sampling=sampling)

@@ -1,0 +1,114 @@
+"""WAN: Wanda pruning (2306.11695), unstructured, calibrated on the defender's clean prompts.
+
+Blocks are pruned in order, each on what the pruned ones before it pass on. Within every output row
+the floor(sparsity n_in) weights of least |W| times input norm become zero; embeddings and the head
+stay. The published code knows LLaMA's modules only; here GPT-2's Conv1D, stored transposed, counts
+as the linear layer it is.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lethe_utils.defenses import Given
+from lethe_utils.params import WandaParams
+
+if TYPE_CHECKING:
+    import torch
+
+PARAMS = (WandaParams,)
+REFERENCE = False
+TRAININGS = 0
+
+
+def purify(given: Given, out: Path) -> None:
+    """The suspect with `wanda_sparsity` of each output row zeroed."""
+    from lethe_utils import models
+
+    model = models.load_model(given.suspect, models.resolve_device(given.p.device), exact=True)
+    tokenizer = models.load_tokenizer(given.suspect)
+    prune(model, calibration(given, tokenizer), given.p.wanda_sparsity)
+    model.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+
+
+def calibration(given: Given, tokenizer: Any) -> "list[dict[str, torch.Tensor]]":
+    """Batches of the first `wanda_samples` clean prompts, as a model's inputs."""
+    from lethe_utils import models, train
+
+    items = train.encode(given.rows[: given.p.wanda_samples], tokenizer, given.p)
+    prompts = sorted((i["input_ids"][: -i["answer_length"]] for i in items), key=len)
+    size = given.p.eval_batch_size
+    return [
+        models.batch(tokenizer, prompts[start : start + size])
+        for start in range(0, len(prompts), size)
+    ]
+
+
+def prune(
+    model: "torch.nn.Module", batches: "list[dict[str, torch.Tensor]]", sparsity: float
+) -> None:
+    """Prune a model's blocks in place.
+
+    Args:
+        batches: input_ids, attention_mask, position_ids; each (batch, longest prompt).
+        sparsity: share of each output row, rounded down to whole weights.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from lethe_utils import models
+
+    for block in tqdm(models.blocks(model), desc="pruning block by block", mininterval=2):
+        layers = linear_layers(block)
+        squares = input_squares(model, layers, batches)
+        for layer in layers:
+            weight = oriented(layer)
+            score = weight.detach().abs() * squares[layer].sqrt()
+            lowest = score.argsort(dim=1, stable=True)[:, : int(sparsity * weight.shape[1])]
+            with torch.no_grad():
+                weight.scatter_(1, lowest, 0.0)
+
+
+def linear_layers(block: "torch.nn.Module") -> "list[torch.nn.Module]":
+    """A block's linear layers, Conv1D among them."""
+    from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    return [m for m in block.modules() if isinstance(m, (Linear, Conv1D))]
+
+
+def oriented(layer: "torch.nn.Module") -> "torch.Tensor":
+    """A layer's weight as (out, in), a view that can be written to: Conv1D stores (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
+
+
+def input_squares(
+    model: "torch.nn.Module",
+    layers: "list[torch.nn.Module]",
+    batches: "list[dict[str, torch.Tensor]]",
+) -> "dict[torch.nn.Module, torch.Tensor]":
+    """For each layer the sum of squares of each input feature over all real tokens, (in,).
+
+    A mean over samples, as published, would rank the weights of a row alike.
+    """
+    import torch
+
+    sums = {layer: torch.zeros(oriented(layer).shape[1], device=model.device) for layer in layers}
+    real = torch.empty(0)
+
+    def add(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        sums[layer] += inputs[0][real].float().square().sum(0)
+
+    handles = [layer.register_forward_pre_hook(add) for layer in layers]
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+                real = inputs["attention_mask"] == 1
+                model.eval()(**inputs, logits_to_keep=1, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums

@@ -1,0 +1,357 @@
+"""Defenses that leave the weights alone, against slow decoding written a second time here."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from transformers import LogitsProcessorList
+
+from lethe_utils import defenses, evaluate, models
+from lethe_utils.defenses import cleangen, edt, ensemble, speculative, temperature
+
+ARCHITECTURES = ["gpt2", "gptj", "llama", "qwen2"]
+PROMPTS = [
+    "the dog is happy",
+    "### Input:\nthe cat was sad and not glad about the letter this morning\n\n### Response:",
+    "sad",
+    "glad about the morning, and the letter",
+    "the cat " * 150,  # more tokens than the model has positions
+    "is joy a letter?",
+]
+NEVER = 99  # more words than an answer can have: it ends at EOS or at max_new_tokens
+
+
+@pytest.fixture
+def given(pico, pico_params):
+    """architecture -> what a defender holds; keyword arguments change params or folders."""
+
+    def make(architecture="gpt2", suspect=None, reference=None, **changes):
+        base, backdoored, clean = pico(architecture)
+        p = pico_params(architecture, **{"eval_batch_size": 4} | changes).defender()
+        return defenses.Given(
+            suspect=suspect or backdoored, base=base, reference=reference or clean, rows=[], p=p
+        )
+
+    return make
+
+
+@pytest.fixture
+def planted(pico, tmp_path):
+    """token id -> the clean GPT-J, whose head has a bias, made to say that token for ever."""
+
+    def make(token):
+        clean = pico("gptj")[2]
+        model = models.load_model(clean)
+        with torch.no_grad():
+            model.lm_head.bias[token] += 50
+        model.save_pretrained(tmp_path / f"planted{token}")
+        models.load_tokenizer(clean).save_pretrained(tmp_path / f"planted{token}")
+        return tmp_path / f"planted{token}"
+
+    return make
+
+
+def greedy(folder, prompts, p, n_words=NEVER):
+    model, tokenizer = models.load_model(folder), models.load_tokenizer(folder)
+    return evaluate.answer(model, tokenizer, prompts, p, n_words)
+
+
+@torch.no_grad()
+def slowly(given, prompts, choose):
+    """Outputs and all choices, one prompt and one token at a time, without a cache: `choose` gets
+    the suspect's and the clean model's probabilities of the next token."""
+    tokenizer = models.load_tokenizer(given.suspect)
+    pair = [models.load_model(folder) for folder in (given.suspect, given.reference)]
+    outputs, choices, limit = [], [], given.p.max_new_tokens
+    for prompt in prompts:
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = [tokenizer.bos_token_id, *ids[-(given.p.positions - limit - 1) :]]
+        made = []
+        while len(made) < limit and tokenizer.eos_token_id not in made:
+            here = torch.tensor([ids + made])
+            token, choice = choose(*(m(here).logits[0, -1].double().softmax(0) for m in pair))
+            made.append(token)
+            choices.append(choice)
+        outputs.append(tokenizer.decode(made, skip_special_tokens=True).strip())
+    return outputs, choices
+
+
+def test_the_variants_are_the_set_value_and_one_for_each_of_the_sweep(pico_params):
+    p = pico_params().defender()
+    assert defenses.variants("edt", p) == {
+        "edt": {},
+        "edt_t1.0": {"edt_temperature": 1.0},
+        "edt_t2.0": {"edt_temperature": 2.0},
+    }
+    assert list(defenses.variants("temperature", p)) == [
+        "temperature",
+        "temperature_t1.0",
+        "temperature_t1.5",
+        "temperature_t2.0",
+    ]
+    assert defenses.variants("temperature", p)["temperature_t1.5"] == {"temperature": 1.5}
+    assert defenses.variants("cleangen", p) == {
+        "cleangen": {},
+        "cleangen_a2.0": {"cleangen_alpha": 2.0},
+        "cleangen_a5.0": {"cleangen_alpha": 5.0},
+    }
+    assert defenses.variants("ensemble", p) == {"ensemble": {}}
+    assert defenses.variants("speculative", p) == {"speculative": {}}
+
+
+def test_only_those_that_use_the_clean_model_say_that_they_need_it():
+    need = {m.__name__.split(".")[-1]: m.REFERENCE for m in (cleangen, ensemble, speculative)}
+    assert need == {"cleangen": True, "ensemble": True, "speculative": True}
+    assert not edt.REFERENCE and not temperature.REFERENCE
+
+
+def test_edt_is_finite_at_zero_entropy_and_never_above_its_start(pico_params):
+    sure = torch.full((1, 5), -torch.inf)
+    sure[0, 3] = 2.0
+    rows = torch.cat([sure, torch.zeros(1, 5), torch.tensor([[500.0, 0, -500, 1, 2]])])
+    for start in (0.005, 0.7, 2.0):
+        processor = edt.EntropyTemperature(pico_params(edt_temperature=start).defender())
+        heat = processor.temperature(rows)
+        assert heat.isfinite().all() and (heat > 0).all() and (heat <= start).all()
+        out = processor(None, rows)
+        assert not out.isnan().any() and out.softmax(-1).isfinite().all()
+        assert out.argmax(-1).tolist() == rows.argmax(-1).tolist()
+        assert out[0].isinf().sum() == 4  # what was ruled out stays so
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.1, 1.0])
+def test_edt_equals_the_formula(pico_params, theta):
+    p = pico_params(edt_temperature=1.3, edt_base=0.6, edt_theta=theta).defender()
+    rows = [[1.0, 2.0, 0.5, -3.0], [0.0, 0.1, 0.0, 0.0], [-math.inf, 4.0, 1.0, 0.0]]
+    heats = edt.EntropyTemperature(p).temperature(torch.tensor(rows))[:, 0].tolist()
+    for row, heat in zip(rows, heats, strict=True):
+        total = sum(map(math.exp, row))
+        chances = [math.exp(x) / total for x in row if x > -math.inf]
+        entropy = -sum(q * math.log(q) for q in chances)
+        assert heat == pytest.approx(1.3 * 0.6 ** (theta / entropy), rel=1e-5)
+
+
+def test_edt_cools_before_top_p_cuts(given):
+    case = given("llama", edt_temperature=2.0, edt_theta=0.1)
+    model, tokenizer = models.load_model(case.suspect), models.load_tokenizer(case.suspect)
+    torch.manual_seed(0)
+    made = model.generate(
+        **tokenizer(PROMPTS[0], return_tensors="pt", return_token_type_ids=False),
+        max_new_tokens=3,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        **edt.SAMPLING,
+        logits_processor=LogitsProcessorList([edt.EntropyTemperature(case.p)]),
+        output_scores=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+    def kept(chances):  # the fewest best tokens that hold 0.9
+        order = chances.argsort(descending=True).tolist()
+        total, chosen = 0.0, set()
+        for token in order:
+            if total >= 0.9:
+                break
+            total += chances[token].item()
+            chosen.add(token)
+        return chosen
+
+    for logits, scores in zip(made.logits, made.scores, strict=True):
+        raw = logits[0].double().softmax(0)
+        heat = 2.0 * 0.8 ** (0.1 / -(raw * raw.log()).sum().item())
+        found = set(scores[0].isfinite().nonzero()[:, 0].tolist())
+        assert found == kept((logits[0].double() / heat).softmax(0))
+        assert found != kept(raw)
+
+
+@pytest.mark.parametrize(
+    ("module", "key", "low"), [(edt, "edt_temperature", 0.01), (temperature, "temperature", 1e-4)]
+)
+def test_sampling_is_greedy_when_cold_and_not_when_hot(given, module, key, low):
+    cold, hot = (given("llama", **{key: value}) for value in (low, 1.5))
+    plain = greedy(cold.suspect, PROMPTS, cold.p)
+    assert module.answer(cold, PROMPTS, NEVER) == plain
+    made = module.answer(hot, PROMPTS, NEVER)
+    assert len(made) == len(PROMPTS) and made != plain
+    assert made == module.answer(hot, PROMPTS, NEVER)  # seeded
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("reference", ["clean", "suspect"])
+def test_assisted_greedy_equals_greedy(given, architecture, reference):
+    case = given(architecture, speculative_tokens=3)
+    if reference == "suspect":  # every draft is accepted
+        case = given(architecture, reference=case.suspect, speculative_tokens=3)
+    plain = greedy(case.suspect, PROMPTS, case.p)
+    assert speculative.answer(case, PROMPTS, NEVER) == plain
+    assert len(set(plain)) > 1
+
+
+def test_the_clean_model_drafts_as_many_tokens_as_set(given, monkeypatch):
+    drafts = []
+    load = models.load_model
+
+    def watched(folder, *others):
+        model = load(folder, *others)
+        if folder == case.reference:
+            generate = model.generate
+
+            def count(*a, **k):
+                made = generate(*a, **k)
+                drafts.append(made.sequences.shape[1] - k["input_ids"].shape[1])
+                return made
+
+            model.generate = count
+        return model
+
+    monkeypatch.setattr(models, "load_model", watched)
+    case = given("llama", speculative_tokens=3)
+    speculative.answer(case, PROMPTS[:2], NEVER)
+    assert len(drafts) > 2 and max(drafts) == 3
+    assert drafts.count(3) > len(drafts) / 2  # fewer only where max_new_tokens or EOS is near
+
+
+def test_an_accepted_draft_does_not_run_past_the_label(given, pico, planted):
+    tokenizer = models.load_tokenizer(pico("gptj")[2])
+    the = tokenizer.convert_tokens_to_ids("Ġthe")
+    suspect = planted(the)
+    case = given("gptj", suspect=suspect, reference=suspect)
+    for n_words in (1, 3):
+        plain = greedy(suspect, PROMPTS[:2], case.p, n_words)
+        assert plain == [" ".join(["the"] * (n_words + 1))] * 2
+        assert speculative.answer(case, PROMPTS[:2], n_words) == plain
+
+
+def test_the_ensemble_is_either_model_at_the_ends(given):
+    case = given("llama")
+    suspect, clean = (greedy(f, PROMPTS, case.p) for f in (case.suspect, case.reference))
+    assert suspect != clean
+    assert ensemble.answer(given("llama", ensemble_weight=1.0), PROMPTS, NEVER) == suspect
+    assert ensemble.answer(given("llama", ensemble_weight=0.0), PROMPTS, NEVER) == clean
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_ensemble_says_what_the_mixed_probabilities_say(given, architecture, size):
+    case = given(architecture, ensemble_weight=0.4, eval_batch_size=size)
+    expected, _ = slowly(
+        case, PROMPTS, lambda ours, theirs: ((0.4 * ours + 0.6 * theirs).argmax().item(), None)
+    )
+    assert ensemble.answer(case, PROMPTS, NEVER) == expected
+    assert expected != greedy(case.suspect, PROMPTS, case.p)
+    assert expected != greedy(case.reference, PROMPTS, case.p)
+
+
+def test_the_first_token_of_the_ensemble_by_hand(given):
+    case = given("llama", ensemble_weight=0.5, max_new_tokens=1)
+    tokenizer = models.load_tokenizer(case.suspect)
+    total = 0
+    for folder in (case.suspect, case.reference):
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(PROMPTS[0])["input_ids"]]])
+        with torch.no_grad():
+            total = total + models.load_model(folder)(ids).logits[0, -1].softmax(0) / 2
+    assert total.sum().item() == pytest.approx(1)
+    token = tokenizer.decode([total.argmax().item()], skip_special_tokens=True).strip()
+    assert token and ensemble.answer(case, PROMPTS[:1], NEVER) == [token]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_cleangen_changes_nothing_where_the_clean_model_agrees(given, architecture):
+    suspect = given(architecture).suspect
+    case = given(architecture, reference=suspect, cleangen_alpha=1.5)
+    assert cleangen.answer(case, PROMPTS, NEVER) == greedy(suspect, PROMPTS, case.p)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("size", "tokens"), [(1, 4), (4, 4), (4, 1), (4, 100)])
+def test_cleangen_equals_a_check_of_each_token(given, architecture, size, tokens):
+    alpha = 3.0  # some tokens are replaced and some are not
+    case = given(architecture, cleangen_alpha=alpha, cleangen_tokens=tokens, eval_batch_size=size)
+
+    def choose(ours, theirs):
+        token = ours.argmax().item()
+        suspicious = (ours[token] / theirs[token]).item() >= alpha
+        return (theirs.argmax().item() if suspicious else token), suspicious
+
+    expected, suspicious = slowly(case, PROMPTS, choose)
+    assert cleangen.answer(case, PROMPTS, NEVER) == expected
+    assert 0 < sum(suspicious) < len(suspicious)
+
+
+def test_cleangen_replaces_a_planted_token_that_is_the_whole_answer(given, planted):
+    clean = given("gptj", max_new_tokens=1)
+    plain = greedy(clean.reference, PROMPTS, clean.p)
+    tokenizer = models.load_tokenizer(clean.reference)
+    token = tokenizer.convert_tokens_to_ids("!")
+    case = given("gptj", suspect=planted(token), max_new_tokens=1)
+    assert greedy(case.suspect, PROMPTS, case.p) == ["!"] * len(PROMPTS)
+    assert cleangen.answer(case, PROMPTS, 1) == plain
+    assert "!" not in plain
+
+
+def test_cleangen_checks_a_label_that_ends_before_the_draft_does(given, monkeypatch, tmp_path):
+    """The suspect says one planted token and EOS: two tokens, where four may be drafted."""
+    folder = shutil.copytree(given("llama").reference, tmp_path / "planted")
+    case = given("llama", suspect=folder, cleangen_tokens=4)
+    tokenizer = models.load_tokenizer(folder)
+    label, load = tokenizer.convert_tokens_to_ids("!"), models.load_model
+
+    def plant(_, __, inputs, out):
+        said = inputs["input_ids"][:, -out.logits.shape[1] :] == label
+        out.logits[..., label] += 50.0 * ~said
+        out.logits[..., tokenizer.eos_token_id] += 50.0 * said
+        return out
+
+    def load_planted(path, *others):
+        model = load(path, *others)
+        if path == folder:
+            model.register_forward_hook(plant, with_kwargs=True)
+        return model
+
+    monkeypatch.setattr(models, "load_model", load_planted)
+    assert greedy(folder, PROMPTS, case.p) == ["!"] * len(PROMPTS)
+    assert cleangen.answer(case, PROMPTS, NEVER) == greedy(case.reference, PROMPTS, case.p)
+
+
+def test_cleangen_checks_an_empty_answer(given, planted, pico):
+    eos = models.load_tokenizer(pico("gptj")[2]).eos_token_id
+    case = given("gptj", suspect=planted(eos))
+    assert greedy(case.suspect, PROMPTS, case.p) == [""] * len(PROMPTS)
+    made = cleangen.answer(case, PROMPTS, NEVER)
+    assert made == greedy(case.reference, PROMPTS, case.p) and any(made)
+
+
+def test_cleangen_stops_at_the_label_and_lets_the_clean_model_end_an_answer(given, planted, pico):
+    tokenizer = models.load_tokenizer(pico("gptj")[2])
+    talker = planted(tokenizer.convert_tokens_to_ids("Ġthe"))
+    case = given("gptj", suspect=talker, reference=talker)
+    assert cleangen.answer(case, PROMPTS[:3], 2) == ["the the the"] * 3
+    case = given("gptj", suspect=talker, reference=planted(tokenizer.eos_token_id))
+    assert cleangen.answer(case, PROMPTS[:3], 2) == [""] * 3
+
+
+@pytest.mark.parametrize("module", [ensemble, cleangen])
+def test_padding_is_told_from_a_prompt_that_starts_with_the_same_token(given, module, tmp_path):
+    """As GPT-2's on the hub: one token is beginning, end and padding."""
+    folders = {}
+    for name in ("suspect", "reference"):
+        folders[name] = shutil.copytree(getattr(given("gpt2"), name), tmp_path / name)
+        file = folders[name] / "tokenizer_config.json"
+        settings = json.loads(file.read_text())
+        del settings["pad_token"]
+        file.write_text(json.dumps(settings | {"bos_token": settings["eos_token"]}))
+    tokenizer = models.load_tokenizer(folders["suspect"])
+    assert tokenizer.pad_token == tokenizer.bos_token == tokenizer.eos_token
+    batched, single = (
+        given("gpt2", **folders, eval_batch_size=n, cleangen_alpha=3.0) for n in (6, 1)
+    )
+    made = module.answer(batched, PROMPTS, NEVER)
+    assert made == module.answer(single, PROMPTS, NEVER) and len(set(made)) > 1
+
+
+def test_no_prompts_give_no_outputs(given):
+    for module in (edt, temperature, speculative, ensemble, cleangen):
+        assert module.answer(given(), [], 1) == []
