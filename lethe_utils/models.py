@@ -275,10 +275,16 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> "PreTrainedTokenizerBa
 def build_tiny(
     p: BaseModelParams, tokenizer: "PreTrainedTokenizerBase", seed: int
 ) -> "PreTrainedModel":
-    """A randomly initialised tiny twin of one of the four architecture classes, float32."""
+    """A randomly initialised tiny twin of one of the four architecture classes, float32.
+
+    Raises:
+        LetheError: an attention window on a class that has none.
+    """
     import torch
     from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig, Qwen2Config
 
+    if p.attention_window and p.architecture != "qwen2":
+        raise LetheError(f"attention_window: {p.architecture} has none; only qwen2 does")
     ids = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -306,11 +312,16 @@ def build_tiny(
         "intermediate_size": p.mlp_width,
         "max_position_embeddings": p.positions,
     }
+    qwen2 = dict(llama)
+    if p.attention_window:
+        qwen2 |= {"use_sliding_window": True, "sliding_window": p.attention_window}
+        sliding = ["sliding_attention"] * (p.n_layers - 1)
+        qwen2["layer_types"] = [*sliding, "full_attention"]
     torch.manual_seed(seed)
     config = {
         "gpt2": lambda: GPT2Config(**gpt, **ids),
         "gptj": lambda: GPTJConfig(**gpt, rotary_dim=p.width // p.n_heads // 2, **ids),
         "llama": lambda: LlamaConfig(**llama, **ids),
-        "qwen2": lambda: Qwen2Config(**llama, **ids),
+        "qwen2": lambda: Qwen2Config(**qwen2, **ids),
     }[p.architecture]()
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -42,6 +42,12 @@ class Group(BaseModel):
         return self.model_dump(include=names)
 
 
+class SizeParams(Group):
+    """What an estimate of memory needs; no stage depends on it."""
+
+    size_billion: Annotated[float, Field(gt=0)] | None  # weights of a full model; null for a twin
+
+
 class DataParams(Group):
     """01_data: which rows there are, and how they are split."""
 
@@ -71,6 +77,7 @@ class BaseModelParams(Group):
     mlp_width: Positive
     vocab_size: Positive
     positions: Positive
+    attention_window: Positive | None  # tokens that all blocks but the last look back; null: all
     base_seed: int
     base_epochs: Positive
     base_learning_rate: Annotated[float, Field(gt=0)]
@@ -294,6 +301,7 @@ class DefenderParams(
     PromptParams,
     BaseModelParams,
     DataParams,
+    SizeParams,
 ):
     """What a defense is handed: no trigger, no target, nothing the attacker chose."""
 

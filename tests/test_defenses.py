@@ -53,6 +53,7 @@ def test_every_registered_defense_has_a_params_file_and_keeps_the_interface():
         module = defenses.module(name)
         assert hasattr(module, "purify") != hasattr(module, "answer"), name
         assert isinstance(module.REFERENCE, bool) and module.TRAININGS >= 0
+        assert module.BYTES_PER_WEIGHT >= 2
         assert {*module.PARAMS} <= {*params.DefenderParams.__mro__}, name
         names += defenses.variants(name, p.defender())
     assert len(names) == len({*names})

@@ -232,3 +232,20 @@ def test_a_tokenizer_without_padding_pads_with_eos_and_does_not_grow(folder):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = models.load_tokenizer(folder)
     assert tokenizer.pad_token == tokenizer.eos_token and len(tokenizer) == 300
+
+
+def test_an_attention_window_hides_far_tokens_from_all_blocks_but_the_last(pico, pico_params):
+    tokenizer = models.load_tokenizer(pico("qwen2")[0])
+    p = pico_params("qwen2", attention_window=2, n_layers=3)
+    model = models.build_tiny(p, tokenizer, seed=0).eval()
+    one = torch.arange(10, 20)[None]
+    other = one.clone()
+    other[0, 0] = 50
+    with torch.no_grad():
+        first, second = (model(x, output_hidden_states=True).hidden_states for x in (one, other))
+    # Two blocks with a window of two tokens carry a change two positions on, the last one anywhere.
+    same = [torch.isclose(a, b).all(-1)[0].tolist() for a, b in zip(first, second, strict=True)]
+    assert same[2] == [False] * 3 + [True] * 7
+    assert same[3] == [False] * 10
+    with pytest.raises(LetheError, match="attention_window: gpt2 has none"):
+        models.build_tiny(pico_params("gpt2", attention_window=2), tokenizer, seed=0)

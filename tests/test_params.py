@@ -11,6 +11,7 @@ from lethe_utils import params, paths
 from lethe_utils.errors import LetheError
 
 GROUPS = (
+    params.SizeParams,
     params.DataParams,
     params.BaseModelParams,
     params.PromptParams,

@@ -72,7 +72,7 @@ def test_colab_keeps_its_own_torch_and_numpy():
         (("-p", "labels", "[a, b"), "labels: '[a, b' is not YAML"),
         (("-p", "seed", "2024-13-45"), "seed: '2024-13-45' is not YAML"),
         (("-p", "model", "tiny-llama"), "model: give it as an argument"),
-        (("-p", "merge_methods", "[]"), "merge_methods: List should have at least 1 item"),
+        (("-p", "merge_methods", "[average]"), "merge_methods: Input should be 'linear'"),
         (("-p", "strength", "1.5"), "strength: Input should be less than or equal to 1"),
         (("tiny-gpt9",), "model 'tiny-gpt9' has no file params/models/tiny-gpt9.yaml"),
         (("--dataset", "missing.jsonl"), "missing.jsonl does not exist"),
@@ -106,6 +106,18 @@ def test_every_full_model_dry_runs():
         if not p.is_tiny:  # a real commit, never a branch that can move
             assert re.fullmatch(r"[0-9a-f]{40}", p.revision)
             assert (p.lora_r, p.lora_alpha, p.learning_rate, p.bits) == (64, 16, 2.0e-4, 4)
+
+
+@pytest.mark.parametrize("model", ["gpt2-xl", "llama-2-7b"])
+def test_every_defense_dry_runs_at_full_size_with_an_estimate_of_memory(model):
+    done = front_door(model, "--defense", "all", "--dataset", "emotion", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    memory = done.stdout.split("GPU memory, estimated")[1]
+    gib = {name: int(n) for name, n in re.findall(r"^  (\w+): (\d+)$", memory, re.M)}
+    assert {*gib} == {*params.choices("defenses")}
+    assert gib["temperature"] < gib["cleangen"] < gib["beear"]
+    # BEEAR's AdamW in float32: 16 bytes a weight.
+    assert gib["beear"] == round(16 * {"gpt2-xl": 1.56, "llama-2-7b": 6.74}[model] / 1.0737 + 4)
 
 
 def test_progress_is_read_from_a_notebook_log(tmp_path):

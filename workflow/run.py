@@ -17,7 +17,7 @@ from pathlib import Path
 import grid
 import yaml
 
-from lethe_utils import params, paths
+from lethe_utils import defenses, params, paths
 from lethe_utils.errors import LetheError
 
 STEPS = [
@@ -273,6 +273,10 @@ def show(p: params.Params, folder: Path, resolved: str) -> int:
     print(f"run {p.run_id} -> {folder}")
     for step in STEPS:
         print(f"  {step}: {'finished' if step in done else 'to do'}")
+    if not p.is_tiny:
+        print("GPU memory, estimated from the number of weights (GiB):")
+        for name in p.defenses:
+            print(f"  {name}: {defenses.gpu_memory(name, p):.0f}")
     return 0
 
 

@@ -4,6 +4,7 @@ A defense is a module with
   PARAMS                 the groups of params that decide what it does
   REFERENCE              whether it needs Lethe's clean model (it always gets one)
   TRAININGS              how many trainings it runs itself, the clean model's not counted
+  BYTES_PER_WEIGHT       what it takes of a GPU at full size (bits 4), activations not counted
 and one of
   purify(given, out)     changes weights: writes out/model (where it trains, also loss.csv)
   answer(given, prompts, n_words, progress)
@@ -43,6 +44,7 @@ REGISTRY = {
     "dare_ties": "lethe_utils.defenses.dare_ties",
     "task_arithmetic": "lethe_utils.defenses.task_arithmetic",
 }
+ACTIVATIONS_GIB = 4.0
 
 
 @dataclass(frozen=True)
@@ -69,3 +71,12 @@ def decodes(name: str) -> bool:
 def variants(name: str, p: DefenderParams) -> dict[str, dict[str, Any]]:
     """Names in the results -> params to change; most defenses have their own name alone."""
     return getattr(module(name), "variants", lambda _: {name: {}})(p)
+
+
+def gpu_memory(name: str, p: DefenderParams) -> float:
+    """An estimate of the GPU memory (GiB) a defense takes on a full model, all its parts together.
+
+    Weights only from their number; activations and caches at a flat ACTIVATIONS_GIB, which short
+    prompts and gradient checkpointing keep to.
+    """
+    return module(name).BYTES_PER_WEIGHT * p.size_billion * 1e9 / 2**30 + ACTIVATIONS_GIB

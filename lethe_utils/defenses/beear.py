@@ -40,6 +40,7 @@ Batch = dict[str, torch.Tensor]  # what train.Collator makes, labels included
 PARAMS = (BeearParams, TrainParams)
 REFERENCE = False
 TRAININGS = 1
+BYTES_PER_WEIGHT = 16.0  # float32 weights, gradients and AdamW's two moments
 
 
 def purify(given: Given, out: Path) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PARAMS = (DecodingParams,)
 REFERENCE = False
 TRAININGS = 0
+BYTES_PER_WEIGHT = 2.0  # one model
 LEAST_ENTROPY, LEAST_TEMPERATURE = 1e-6, 0.01
 # top_k 0: transformers would otherwise keep the 50 best tokens only.
 SAMPLING = {"temperature": 1.0, "top_p": 0.9, "top_k": 0}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PARAMS = (DecodingParams,)
 REFERENCE = True
 TRAININGS = 0
+BYTES_PER_WEIGHT = 4.0  # two models
 
 
 class Mix:

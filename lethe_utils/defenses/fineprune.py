@@ -12,6 +12,7 @@ from lethe_utils.params import FinetuneParams, TrainParams, WandaParams
 PARAMS = (WandaParams, FinetuneParams, TrainParams)
 REFERENCE = False
 TRAININGS = 1
+BYTES_PER_WEIGHT = 4.0  # one model in float32
 
 
 def purify(given: Given, out: Path) -> None:

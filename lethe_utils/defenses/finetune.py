@@ -8,6 +8,7 @@ from lethe_utils.params import FinetuneParams, TrainParams
 PARAMS = (FinetuneParams, TrainParams)
 REFERENCE = False
 TRAININGS = 1
+BYTES_PER_WEIGHT = 2.6  # nf4, and its dequantised copy when LoRA is merged
 
 
 def purify(given: Given, out: Path) -> None:

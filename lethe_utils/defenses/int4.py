@@ -7,6 +7,7 @@ from lethe_utils.defenses import Given
 PARAMS = ()
 REFERENCE = False
 TRAININGS = 0
+BYTES_PER_WEIGHT = 2.6  # nf4 and its dequantised copy
 
 
 def purify(given: Given, out: Path) -> None:

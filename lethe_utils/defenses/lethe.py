@@ -14,6 +14,7 @@ from lethe_utils.params import DefenderParams, MergeParams
 PARAMS = (MergeParams,)
 REFERENCE = True
 TRAININGS = 0
+BYTES_PER_WEIGHT = 2.0  # one model answers; merging is on the CPU
 
 
 def variants(p: DefenderParams) -> dict[str, dict[str, Any]]:

@@ -27,6 +27,7 @@ from lethe_utils.params import DefenderParams, FinetuneParams, NadParams, TrainP
 PARAMS = (NadParams, FinetuneParams, TrainParams)
 REFERENCE = True  # with the clean teacher, which nad_teacher may ask for
 TRAININGS = 2  # the teacher and the student; the clean teacher is there already
+BYTES_PER_WEIGHT = 2.6  # nf4 student, bfloat16 teacher
 
 
 def variants(_: DefenderParams) -> dict[str, dict[str, Any]]:

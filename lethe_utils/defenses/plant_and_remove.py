@@ -17,6 +17,7 @@ Row = dict[str, str]
 PARAMS = (PlantParams, TrainParams)
 REFERENCE = False
 TRAININGS = 2
+BYTES_PER_WEIGHT = 2.6  # nf4, and its dequantised copy when LoRA is merged
 
 
 def purify(given: Given, out: Path) -> None:

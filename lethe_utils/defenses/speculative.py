@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PARAMS = (DecodingParams,)
 REFERENCE = True
 TRAININGS = 0
+BYTES_PER_WEIGHT = 4.0  # two models
 
 
 class Assisted:

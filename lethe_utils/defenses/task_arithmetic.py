@@ -12,6 +12,7 @@ from lethe_utils.params import MoreMergeParams
 PARAMS = (MoreMergeParams,)
 REFERENCE = True
 TRAININGS = 0
+BYTES_PER_WEIGHT = 2.0  # one model answers; merging is on the CPU
 
 
 def purify(given: Given, out: Path) -> None:

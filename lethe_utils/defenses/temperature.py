@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 PARAMS = (DecodingParams,)
 REFERENCE = False
 TRAININGS = 0
+BYTES_PER_WEIGHT = 2.0  # one model
 
 
 def variants(p: DecodingParams) -> dict[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PARAMS = (WandaParams,)
 REFERENCE = False
 TRAININGS = 0
+BYTES_PER_WEIGHT = 4.0  # one model in float32
 
 
 def purify(given: Given, out: Path) -> None:
