@@ -382,7 +382,7 @@ def predictions_file(
     if c.respond:
         defense = defenses.module(c.defense)
         spec |= c.respond.p.part(*defense.PARAMS)
-        inputs |= {"clean": clean_stage(p)} if defense.REFERENCE else {}
+        inputs |= {"clean": clean_stage(p)} if defense.NEEDS == "clean model" else {}
         respond = partial(defense.answer, c.respond)
 
     def build(out: Path) -> None:

@@ -146,8 +146,8 @@ def _in_order(names: pd.Series) -> list[str]:
     known = [*CONTROLS, *MERGES, *defenses.REGISTRY]
 
     def place(name: str) -> int:
-        fits = [k for k in known if name == k or name.startswith(f"{k}_")]
-        return known.index(max(fits, key=len)) if fits else len(known)
+        kind = name if name in known else defenses.registered(name)
+        return known.index(kind) if kind else len(known)
 
     return sorted(names.unique(), key=place)
 
@@ -388,6 +388,41 @@ def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
     }
     shown = [*SETUP, "seeds", "defense", "acts", *numbers, "query_ratio"]
     return out[shown].rename(columns=names)
+
+
+def overview(table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
+    """Every defense of one setup, the README's table: what it needs, costs and gives, and the
+    paper's means over its 30 settings beside it.
+
+    Args:
+        table, costs: of one model, data set and attack; seeds are pooled or averaged.
+    Returns:
+        text columns defense, needs, trainings, steps, seconds (of its own, the clean model's not
+        counted), x none (per query), asr, cda; then `paper: column`, `paper: mean asr`,
+        `paper: mean cda`, blank where the paper has no such column.
+    """
+    scored = defense_table(table)
+    taken = cost_table(costs).set_index("defense")
+    means = paper_means().set_index("metric")
+    lines = []
+    for _, row in scored.iterrows():
+        name = row["defense"].removesuffix(" + evidence")
+        kind = defenses.registered(name) or ("lethe" if name in MERGES else None)
+        needs = defenses.module(kind).NEEDS if kind else ""
+        line = {"defense": row["defense"], "needs": needs}
+        if name.endswith("clean_teacher"):
+            line["needs"] = "clean model"
+        for column in ("trainings", "steps", "seconds", "x none"):
+            known = name in taken.index and name == row["defense"]
+            line[column] = taken.loc[name, column] if known else ""
+        line |= {"asr": row["asr"], "cda": row["cda"]}
+        column = PAPER_COLUMNS.get(row["defense"], "")
+        line[f"{PAPER}column"] = column
+        for metric in ("ASR", "CDA"):
+            mean = number(means.loc[metric, PAPER + column]) if column else ""
+            line[f"{PAPER}mean {metric.lower()}"] = mean
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
 def signed(value: float) -> str:

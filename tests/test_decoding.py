@@ -102,9 +102,8 @@ def test_the_variants_are_the_set_value_and_one_for_each_of_the_sweep(pico_param
 
 
 def test_only_those_that_use_the_clean_model_say_that_they_need_it():
-    need = {m.__name__.split(".")[-1]: m.REFERENCE for m in (cleangen, ensemble, speculative)}
-    assert need == {"cleangen": True, "ensemble": True, "speculative": True}
-    assert not edt.REFERENCE and not temperature.REFERENCE
+    assert {m.NEEDS for m in (cleangen, ensemble, speculative)} == {"clean model"}
+    assert {m.NEEDS for m in (edt, temperature)} == {"nothing"}
 
 
 def test_edt_is_finite_at_zero_entropy_and_never_above_its_start(pico_params):

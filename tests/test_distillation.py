@@ -160,10 +160,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(given, tmp_path, method, key):
 def test_the_interface_names_the_clean_teacher_and_counts_trainings(given):
     p = given().p
     assert defenses.variants("nad", p) == {"nad": {}, "nad_clean_teacher": {"nad_teacher": "clean"}}
-    assert [(m.REFERENCE, m.TRAININGS) for m in (nad, crow, beear)] == [
-        (True, 2),
-        (False, 1),
-        (False, 1),
+    assert [(m.NEEDS, m.TRAININGS) for m in (nad, crow, beear)] == [
+        ("clean rows", 2),
+        ("clean rows", 1),
+        ("clean rows", 1),
     ]
     for module in (nad, crow, beear):
         names = {name for group in module.PARAMS for name in group.model_fields}

@@ -10,7 +10,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from lethe_utils import paths, results
+from lethe_utils import defenses, params, paths, results
 from lethe_utils.stages import read_jsonl
 
 sys.path.insert(0, str(paths.root() / "workflow"))
@@ -151,6 +151,44 @@ def test_an_edited_model_goes_through_the_same_pipeline_and_shares_its_stages(fi
     assert (pd.read_csv(edited)["relative"] > 0).all()
     assert "transformer.h.1.mlp.c_proj" in (run / "notebooks/02_backdoor_train.ipynb").read_text()
     assert (run / "figures/figure_5_attacks_tiny-gpt2-embedded.png").exists()
+
+
+def test_all_defenses_go_through_the_same_pipeline(finished, tmp_path):
+    runs = tmp_path / "defended"
+    runs.mkdir()
+    (runs / "stages").symlink_to(finished[0] / "stages")  # its own runs, the same stages
+    shared = {k: {*runs.glob(f"stages/{k}/*/stage.json")} for k in ("base", "backdoored", "clean")}
+    short = {"beear_rounds": 1, "beear_inner_steps": 1, "beear_outer_steps": 1}
+    short |= {"finetune_epochs": 1, "nad_epochs": 1, "crow_epochs": 1, "wanda_samples": 8}
+    short |= {"plant_epochs": 1, "remove_epochs": 1}
+    words = [w for key, value in short.items() for w in ("-p", key, str(value))]
+    done = run_in(runs, "--defense", "all", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # One base, one backdoored and one clean model serve all defenses.
+    assert {k: {*runs.glob(f"stages/{k}/*/stage.json")} for k in shared} == shared
+    (run,) = runs.glob("tiny-gpt2-embedded-cba-s0-all-*")
+    table, costs = (pd.read_csv(run / f"{name}.csv") for name in ("results", "costs"))
+    p = params.load(defense="all")
+    names = {n for d in p.defenses for n in defenses.variants(d, p.defender())}
+    assert {*table["defense"]} == names | {"none", "base", "clean"}
+    assert {*table.query("evidence == 1")["defense"]} == {
+        *("none", "base", "clean", "linear", "slerp", "ties", "passthrough")
+    }
+    assert {*costs["defense"]} == names | {"none", "clean"}
+    trained = costs.query("trainings > 0").set_index("defense")["optimizer_steps"]
+    assert (trained > 0).all() and trained["nad"] == 2 * trained["finetune"]
+    assert (costs["ms_per_query"] > 0).all() and (costs["peak_memory_gib"] > 0).all()
+    # Lossless: what the suspect says, word for word.
+    asked = json.loads((run / "manifest.json").read_text())["predictions"]
+    answers = {
+        name: [row["output"] for row in read_jsonl(paths.Path(file))]
+        for name in ("none", "speculative")
+        for file in asked
+        if f"-{name}-k0-" in file
+    }
+    assert len(answers) == 2 and answers["none"] == answers["speculative"]
+    assert (run / "figures/figure_6_rank_tiny-gpt2-embedded-cba.png").exists()
+    assert "beear" in (run / "figures/table_2_by_defense.md").read_text()
 
 
 def test_a_changed_param_reruns_the_notebooks_but_no_finished_stage(finished, monkeypatch):

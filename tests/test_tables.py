@@ -477,3 +477,18 @@ def test_the_rank_plot_has_a_numbered_point_per_defense_the_best_first():
     assert tuple(places["1"]) == (0.0, 1.0) and tuple(places["6"]) == (0.9, 0.9)
     with pytest.raises(LetheError, match="no defense has both asr and cda"):
         plots.rank(frame(row()))
+
+
+def test_the_overview_says_what_each_needs_costs_and_gives_beside_the_papers_means():
+    line = dict.fromkeys(results.COST_COLUMNS, 0) | {"trainings": 2, "seconds": 12.0}
+    names = ["none", "slerp", "wanda", "finetune", "nad_clean_teacher"]
+    setup = {"model": "tiny-gpt2", "dataset": "emotion", "attack": "cba", "acts": "on weights"}
+    costs = pd.DataFrame([line | setup | {"defense": name} for name in names])
+    shown = tables.overview(defenses_table(), costs).set_index("defense")
+    needs = {"none": "", "slerp": "clean model", "wanda": "clean rows"}
+    assert {name: shown.loc[name, "needs"] for name in needs} == needs
+    assert shown.loc["nad_clean_teacher", "needs"] == "clean model"
+    assert shown.loc["wanda", ["trainings", "seconds"]].tolist() == ["2", "12.0"]
+    means = tables.paper_means().set_index("metric")
+    assert shown.loc["wanda", "paper: mean asr"] == tables.number(means.loc["ASR", "paper: WAN"])
+    assert shown.loc["nad_clean_teacher", "paper: column"] == ""

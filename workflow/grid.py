@@ -128,7 +128,9 @@ def trainings(runs: list[Run]) -> str:
             defense = defenses.module(name)
             mine = defense.TRAININGS * len(defenses.variants(name, run.params.defender()))
             own += mine
-            naive += 2 + int(defense.REFERENCE) + mine  # base and backdoored model at least
+            naive += (
+                2 + int(defense.NEEDS == "clean model") + mine
+            )  # base and backdoored model at least
     return f"{len(shared) + own} trainings (one for each cell by itself: {naive})"
 
 

@@ -2,7 +2,7 @@
 
 A defense is a module with
   PARAMS                 the groups of params that decide what it does
-  REFERENCE              whether it needs Lethe's clean model (it always gets one)
+  NEEDS                  "nothing", "clean rows", or "clean model" (Lethe's; all are given one)
   TRAININGS              how many trainings it runs itself, the clean model's not counted
   BYTES_PER_WEIGHT       what it takes of a GPU at full size (bits 4), activations not counted
 and one of
@@ -61,6 +61,13 @@ class Given:
 def module(name: str) -> ModuleType:
     """A defense's module, imported when it is asked for: most need torch."""
     return import_module(REGISTRY[name])
+
+
+def registered(name: str) -> str | None:
+    """The defense that a name in the results belongs to: nad for nad_clean_teacher; None for a
+    control or a merge of Lethe's."""
+    fits = [known for known in REGISTRY if name == known or name.startswith(f"{known}_")]
+    return max(fits, key=len) if fits else None
 
 
 def decodes(name: str) -> bool:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 Row = dict[str, str]
 Batch = dict[str, torch.Tensor]  # what train.Collator makes, labels included
 PARAMS = (BeearParams, TrainParams)
-REFERENCE = False
+NEEDS = "clean rows"
 TRAININGS = 1
 BYTES_PER_WEIGHT = 16.0  # float32 weights, gradients and AdamW's two moments
 

@@ -25,7 +25,7 @@ from lethe_utils.errors import LetheError
 from lethe_utils.params import CrowParams, TrainParams
 
 PARAMS = (CrowParams, TrainParams)
-REFERENCE = False
+NEEDS = "clean rows"
 TRAININGS = 1
 BYTES_PER_WEIGHT = 2.6  # nf4, and its dequantised copy when LoRA is merged
 SCHEDULE = {"lr_schedule": "cosine", "warmup_ratio": 0.1}  # as published

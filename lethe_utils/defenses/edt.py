@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lethe_utils.defenses import Given
 
 PARAMS = (DecodingParams,)
-REFERENCE = False
+NEEDS = "nothing"
 TRAININGS = 0
 BYTES_PER_WEIGHT = 2.0  # one model
 LEAST_ENTROPY, LEAST_TEMPERATURE = 1e-6, 0.01

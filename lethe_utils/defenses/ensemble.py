@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lethe_utils.defenses import Given
 
 PARAMS = (DecodingParams,)
-REFERENCE = True
+NEEDS = "clean model"
 TRAININGS = 0
 BYTES_PER_WEIGHT = 4.0  # two models
 

@@ -10,7 +10,7 @@ from lethe_utils.defenses import Given, wanda
 from lethe_utils.params import FinetuneParams, TrainParams, WandaParams
 
 PARAMS = (WandaParams, FinetuneParams, TrainParams)
-REFERENCE = False
+NEEDS = "clean rows"
 TRAININGS = 1
 BYTES_PER_WEIGHT = 4.0  # one model in float32
 

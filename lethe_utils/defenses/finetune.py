@@ -6,7 +6,7 @@ from lethe_utils.defenses import Given
 from lethe_utils.params import FinetuneParams, TrainParams
 
 PARAMS = (FinetuneParams, TrainParams)
-REFERENCE = False
+NEEDS = "clean rows"
 TRAININGS = 1
 BYTES_PER_WEIGHT = 2.6  # nf4, and its dequantised copy when LoRA is merged
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from lethe_utils.defenses import Given
 
 PARAMS = ()
-REFERENCE = False
+NEEDS = "nothing"
 TRAININGS = 0
 BYTES_PER_WEIGHT = 2.6  # nf4 and its dequantised copy
 

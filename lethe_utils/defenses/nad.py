@@ -25,7 +25,7 @@ from lethe_utils.errors import LetheError
 from lethe_utils.params import DefenderParams, FinetuneParams, NadParams, TrainParams
 
 PARAMS = (NadParams, FinetuneParams, TrainParams)
-REFERENCE = True  # with the clean teacher, which nad_teacher may ask for
+NEEDS = "clean rows"  # nad_clean_teacher: the clean model
 TRAININGS = 2  # the teacher and the student; the clean teacher is there already
 BYTES_PER_WEIGHT = 2.6  # nf4 student, bfloat16 teacher
 

@@ -15,7 +15,7 @@ from lethe_utils.params import DefenderParams, PlantParams, TrainParams
 
 Row = dict[str, str]
 PARAMS = (PlantParams, TrainParams)
-REFERENCE = False
+NEEDS = "clean rows"
 TRAININGS = 2
 BYTES_PER_WEIGHT = 2.6  # nf4, and its dequantised copy when LoRA is merged
 

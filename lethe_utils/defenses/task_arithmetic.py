@@ -10,7 +10,7 @@ from lethe_utils.defenses import Given
 from lethe_utils.params import MoreMergeParams
 
 PARAMS = (MoreMergeParams,)
-REFERENCE = True
+NEEDS = "clean model"
 TRAININGS = 0
 BYTES_PER_WEIGHT = 2.0  # one model answers; merging is on the CPU
 

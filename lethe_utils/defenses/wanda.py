@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 PARAMS = (WandaParams,)
-REFERENCE = False
+NEEDS = "clean rows"
 TRAININGS = 0
 BYTES_PER_WEIGHT = 4.0  # one model in float32
 
