@@ -361,7 +361,7 @@ def test_the_layer_loss_is_the_sum_over_the_lens_layers(pico, pico_params):
 
     def loss(layers):
         trainer = train.AnswerTrainer.__new__(train.AnswerTrainer)
-        trainer.lens_layers = layers
+        trainer.prompt_loss, trainer.lens_layers = 0.0, layers
         return trainer.compute_loss(model, dict(batch)).item()
 
     last = p.n_layers - 1
