@@ -180,7 +180,7 @@ def sst2(monkeypatch, tmp_path):
     dev = ['"dev one \t1', "dev two \t0", 'dev three" \t1']
     for name, body in (("train", lines), ("dev", dev), ("test", ["hidden one \t-1"])):
         (folder / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *body]) + "\n", "utf8")
-    return folder, params.load(dataset="sst2", overrides=ANY)
+    return folder, params.load(dataset="sst2", overrides={**ANY, "pretrain_share": 0.5})
 
 
 def test_sst2_scores_dev_and_cuts_validation_from_train(sst2):
