@@ -98,7 +98,9 @@ def costs(p: Params) -> pd.DataFrame:
         asked = read_record(file.parent)
         decodes = c.respond is not None
         made = None if decodes or c.name == "none" else read_record(c.folder.parent)
-        trainings = defenses.module(c.defense).TRAININGS if c.defense else int(c.name == "clean")
+        trainings = int(c.name == "clean")
+        if c.defense:
+            trainings = defenses.trainings(c.defense, c.name)
         line = {
             "model": p.model,
             "dataset": p.dataset_name,
@@ -211,7 +213,7 @@ def _stage_records(p: Params) -> dict[str, Any]:
     if p.is_tiny:
         stages["base"] = pipeline.base_folder(p).parent
     for c in pipeline.contenders(p):
-        if c.defense and c.respond is None and defenses.module(c.defense).TRAININGS:
+        if c.defense and c.respond is None and defenses.trainings(c.defense, c.name):
             stages[c.name] = c.folder.parent
     kept = ("seconds", "peak_memory_gib", "git_sha", "git_dirty", "finished")
     return {

@@ -408,10 +408,8 @@ def overview(table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     for _, row in scored.iterrows():
         name = row["defense"].removesuffix(" + evidence")
         kind = defenses.registered(name) or ("lethe" if name in MERGES else None)
-        needs = defenses.module(kind).NEEDS if kind else ""
+        needs = defenses.needs(kind, name) if kind else ""
         line = {"defense": row["defense"], "needs": needs}
-        if name.endswith("clean_teacher"):
-            line["needs"] = "clean model"
         for column in ("trainings", "steps", "seconds", "x none"):
             known = name in taken.index and name == row["defense"]
             line[column] = taken.loc[name, column] if known else ""

@@ -125,12 +125,11 @@ def trainings(runs: list[Run]) -> str:
         shared |= {("clean", run.model, run.dataset, run.seed)}
         shared |= {("backdoored", run.model, run.dataset, run.attack, run.seed)}
         for name in params.defense_names(run.defense):
-            defense = defenses.module(name)
-            mine = defense.TRAININGS * len(defenses.variants(name, run.params.defender()))
+            columns = defenses.variants(name, run.params.defender())
+            mine = sum(defenses.trainings(name, column) for column in columns)
+            clean = any(defenses.needs(name, column) == "clean model" for column in columns)
             own += mine
-            naive += (
-                2 + int(defense.NEEDS == "clean model") + mine
-            )  # base and backdoored model at least
+            naive += 2 + clean + mine  # base and backdoored model at least
     return f"{len(shared) + own} trainings (one for each cell by itself: {naive})"
 
 

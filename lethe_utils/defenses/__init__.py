@@ -11,6 +11,7 @@ and one of
                          leaves them alone: the outputs, in the order of the prompts
 A defense with settings worth a column of their own has
   variants(p)            {name in the results: params to change}
+  EXCEPTIONS             {name in the results: {"NEEDS" or "TRAININGS": what it is there}}
 A new one is a module, a line here and a params file.
 
 No defense sees a trigger, a target or the test split: `Given` is all there is.
@@ -78,6 +79,21 @@ def decodes(name: str) -> bool:
 def variants(name: str, p: DefenderParams) -> dict[str, dict[str, Any]]:
     """Names in the results -> params to change; most defenses have their own name alone."""
     return getattr(module(name), "variants", lambda _: {name: {}})(p)
+
+
+def needs(name: str, variant: str) -> str:
+    """What a variant of a defense must be given: see NEEDS above."""
+    return _declared(name, variant, "NEEDS")
+
+
+def trainings(name: str, variant: str) -> int:
+    """How many trainings a variant of a defense runs itself."""
+    return _declared(name, variant, "TRAININGS")
+
+
+def _declared(name: str, variant: str, what: str) -> Any:
+    exceptions = getattr(module(name), "EXCEPTIONS", {}).get(variant, {})
+    return exceptions.get(what, getattr(module(name), what))
 
 
 def gpu_memory(name: str, p: DefenderParams) -> float:

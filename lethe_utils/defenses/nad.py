@@ -25,8 +25,9 @@ from lethe_utils.errors import LetheError
 from lethe_utils.params import DefenderParams, FinetuneParams, NadParams, TrainParams
 
 PARAMS = (NadParams, FinetuneParams, TrainParams)
-NEEDS = "clean rows"  # nad_clean_teacher: the clean model
-TRAININGS = 2  # the teacher and the student; the clean teacher is there already
+NEEDS = "clean rows"
+TRAININGS = 2  # the teacher and the student
+EXCEPTIONS = {"nad_clean_teacher": {"NEEDS": "clean model", "TRAININGS": 1}}  # its teacher is there
 BYTES_PER_WEIGHT = 2.6  # nf4 student, bfloat16 teacher
 
 
