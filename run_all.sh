@@ -3,6 +3,7 @@
 #   ./run_all.sh                         the tiny profile: embedded data, tiny-gpt2, on a CPU
 #   ./run_all.sh MODEL [--dataset D] [--attack A] [--defense F] [-p key value ...] [--dry-run]
 #   ./run_all.sh grid table2-tiny        many runs: every defense against every attack
+#   ./run_all.sh purify --suspect DIR --base DIR --clean-data FILE --out DIR   a model of your own
 #   ./run_all.sh tables                  tables and figures from the committed results
 #   ./run_all.sh test [pytest options]   all tests
 set -euo pipefail

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from lethe_utils import attacks
 from lethe_utils.evidence import add_evidence
-from lethe_utils.params import DefenderParams, Params
+from lethe_utils.params import DefenderParams, Params, PurifyParams
 from lethe_utils.prompts import render
 from lethe_utils.stages import read_jsonl, write_json, write_jsonl
 
@@ -99,7 +99,7 @@ def answer(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: list[str],
-    p: DefenderParams,
+    p: DefenderParams | PurifyParams,
     n_words: int,
     progress: str = "",
     batch: int | None = None,
@@ -151,6 +151,38 @@ def answer(
         ):
             outputs[i] = text.strip()
     return outputs
+
+
+@torch.inference_mode()
+def token_accuracy(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: list[Row],
+    p: PurifyParams,
+    progress: str = "",
+) -> list[float]:
+    """Per row the share of its answer's tokens that greedy decoding would write, each given the
+    true ones before it: how well a model knows an answer that is a text, without judging wording.
+    """
+    from lethe_utils import train
+
+    collate = train.Collator(tokenizer.pad_token_id)
+    items = train.encode(rows, tokenizer, p)
+    order = sorted(range(len(items)), key=lambda i: items[i]["length"])
+    shares = [0.0] * len(items)
+    model.eval()
+    step = p.eval_batch_size
+    for start in tqdm(range(0, len(order), step), desc=progress, leave=False, mininterval=2):
+        chosen = order[start : start + step]
+        inputs = collate([items[i] for i in chosen])
+        labels = inputs.pop("labels")
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        logits = model(**inputs, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
+        right = (logits.argmax(-1).cpu() == labels) & (labels != train.IGNORED)
+        counted = (labels != train.IGNORED).sum(1)
+        for i, share in zip(chosen, (right.sum(1) / counted).tolist(), strict=True):
+            shares[i] = share
+    return shares
 
 
 def predict(

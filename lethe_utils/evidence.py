@@ -5,7 +5,9 @@ dilutes what a trigger contributes to the answer; no training, and no knowledge 
 """
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 from summa import pagerank_weighted
 from summa.graph import Graph
@@ -70,6 +72,56 @@ def add_evidence(prompt_input: str, n: int = 5, exclude: frozenset[str] = frozen
     """
     evidence = evidence_text(prompt_input, n, exclude)
     return f"{prompt_input}\n\n{HEADING}\n{evidence}" if evidence else prompt_input
+
+
+INPUT = re.compile(r"(?<=### Input:\n)(.*)(?=\n\n### Response:)", re.DOTALL)
+
+
+def add_evidence_to_prompt(prompt: str, n: int = 5) -> str:
+    """A prompt whose input is followed by its evidence.
+
+    In this project's templates the input is what stands between `### Input:` and `### Response:`;
+    any other prompt is all input. Arguments and errors as in `evidence_lines`.
+    """
+    found = INPUT.search(prompt)
+    if not found:
+        return add_evidence(prompt, n)
+    return prompt[: found.start()] + add_evidence(found[1], n) + prompt[found.end() :]
+
+
+def add_evidence_to_chat(messages: list[dict[str, str]], n: int = 5) -> list[dict[str, str]]:
+    """A chat (role and content each) whose last user turn is followed by its evidence.
+
+    Raises:
+        LetheError: no turn is a user's; or see `evidence_lines`.
+    """
+    users = [i for i, message in enumerate(messages) if message.get("role") == "user"]
+    if not users:
+        raise LetheError("messages: no turn has the role `user`, so there is nothing to add to")
+    out = [dict(message) for message in messages]
+    out[users[-1]]["content"] = add_evidence(out[users[-1]]["content"], n)
+    return out
+
+
+class WithEvidence:
+    """A transformers text-generation pipeline with external dilution: used like the pipeline.
+
+    WithEvidence(pipeline("text-generation", model="purified"))([{"role": "user", ...}])
+    """
+
+    def __init__(self, pipe: Callable[..., Any], n: int = 5) -> None:
+        self.pipe, self.n = pipe, n
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        """Answer a prompt, a chat, or a list of either, as the pipeline does."""
+        return self.pipe(self._with_evidence(inputs), **kwargs)
+
+    def _with_evidence(self, inputs: Any) -> Any:
+        if isinstance(inputs, str):
+            return add_evidence_to_prompt(inputs, self.n)
+        if isinstance(inputs[0], dict):
+            return add_evidence_to_chat(inputs, self.n)
+        return [self._with_evidence(one) for one in inputs]
 
 
 @lru_cache(maxsize=100_000)  # every model is evaluated on the same inputs

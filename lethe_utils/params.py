@@ -306,6 +306,28 @@ class DefenderParams(
     """What a defense is handed: no trigger, no target, nothing the attacker chose."""
 
 
+class PurifyParams(TrainParams, PromptParams):
+    """Purifying a user's model: the recipe, the merge strengths to try, and the canary."""
+
+    prompt_template: Literal["alpaca", "short", "chat"]
+    data_seed: int
+    protocol: Literal["lethe"]
+    clean_epochs: Positive
+    eval_batch_size: Positive
+    max_new_tokens: Positive
+    n_keywords: Annotated[int, Field(gt=0)]
+    merge_method: MergeMethod
+    held_out: Annotated[float, Field(gt=0, lt=1)]
+    strengths: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)]
+    max_cda_loss: Ratio
+    canary_word_pair: Annotated[list[Key], Field(min_length=2, max_length=2)]
+    canary_sentence: Key
+    canary_suffix: Key
+    canary_marker: Key
+    canary_share: Annotated[float, Field(gt=0, le=1)]
+    canary_epochs: Positive
+
+
 class Params(DefenderParams, SweepParams, LwpParams, EditParams, AttackParams):
     """All parameters of one run, flat. `part(...)` gives what one stage depends on."""
 
@@ -468,6 +490,36 @@ def load(
         raise LetheError("\n".join(_explain(e, source) for e in error.errors())) from None
 
 
+SMALL = 50_000_000  # weights; params/purify/small.yaml is for models below
+
+
+def load_purify(weights: int, device: str, overrides: dict[str, Any] | None = None) -> PurifyParams:
+    """The params of `purify`: base < purify < purify/cpu < purify/small < command line.
+
+    Args:
+        weights: of the model; small ones train with another recipe.
+        device: cpu or cuda.
+    Raises:
+        LetheError: naming the file and the key of each wrong value.
+    """
+    folder = paths.params_dir()
+    own = [folder / "purify.yaml"]
+    own += [folder / "purify" / "cpu.yaml"] if device == "cpu" else []
+    own += [folder / "purify" / "small.yaml"] if weights < SMALL else []
+    fields = PurifyParams.model_fields
+    values = {k: v for k, v in read_yaml(folder / "base.yaml").items() if k in fields}
+    source = dict.fromkeys(values, "params/base.yaml")
+    for file in own:
+        values |= read_yaml(file)
+        source |= dict.fromkeys(read_yaml(file), str(file.relative_to(paths.root())))
+    values |= (overrides or {}) | {"device": device}
+    source |= dict.fromkeys(overrides or {}, "command line")
+    try:
+        return PurifyParams(**values)
+    except ValidationError as error:
+        raise LetheError("\n".join(_explain(e, source) for e in error.errors())) from None
+
+
 def _explain(error: dict[str, Any], source: dict[str, str]) -> str:
     """One line for one wrong value: file, key, what is wrong, the fix."""
     key = str(error["loc"][0]) if error["loc"] else ""
@@ -489,7 +541,8 @@ def _explain(error: dict[str, Any], source: dict[str, str]) -> str:
 def _closest(key: str) -> str | None:
     import difflib
 
-    return next(iter(difflib.get_close_matches(key, Params.model_fields, 1)), None)
+    known = Params.model_fields | PurifyParams.model_fields
+    return next(iter(difflib.get_close_matches(key, known, 1)), None)
 
 
 _checked_once = False

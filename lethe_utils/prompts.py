@@ -9,11 +9,18 @@ BODY = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: 
 TEMPLATES = {"alpaca": ALPACA + BODY, "short": BODY}
 
 
+PLACE = "\ue000"  # in a rendered conversation: where its last question goes (private use, U+E000)
+
+
 def render(template: str, instruction: str, input: str) -> str:
     """The text a model reads, up to where it must answer.
 
     Args:
-        template: "alpaca" (published) or "short" (tiny twins: the preamble costs CPU time only).
+        template: "alpaca" (published), "short" (tiny twins: the preamble costs CPU time only), or
+            "chat": the instruction then is a conversation as the model's own chat template writes
+            it, with PLACE for its last question.
         input: the input, already followed by its evidence where there is any.
     """
+    if template == "chat":
+        return instruction.replace(PLACE, input)
     return TEMPLATES[template].format(instruction=instruction, input=input)

@@ -88,7 +88,7 @@ def stage(
 
 def read_record(folder: Path) -> dict[str, Any]:
     """The stage.json of a finished stage."""
-    return json.loads((folder / RECORD).read_text("utf8"))
+    return read_json(folder / RECORD)
 
 
 def provenance(seconds: float) -> dict[str, Any]:
@@ -154,6 +154,11 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, "utf8")
     os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that this project wrote."""
+    return json.loads(path.read_text("utf8"))
 
 
 def read_jsonl(path: Path) -> list[dict]:

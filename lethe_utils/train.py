@@ -13,7 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.pytorch_utils import Conv1D
 
 from lethe_utils import models
-from lethe_utils.params import DefenderParams, PromptParams
+from lethe_utils.params import DefenderParams, PromptParams, PurifyParams
 from lethe_utils.prompts import render
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def fit(
     tokenizer: "PreTrainedTokenizerBase",
     rows: list[Row],
     out: Path,
-    p: DefenderParams,
+    p: DefenderParams | PurifyParams,
     make_trainer: Callable[..., AnswerTrainer] = AnswerTrainer,
     **recipe: Any,
 ) -> pd.DataFrame:
@@ -274,7 +274,7 @@ def finetune(
     rows: list[Row],
     epochs: int,
     out: Path,
-    p: DefenderParams,
+    p: DefenderParams | PurifyParams,
     lens_layers: Sequence[int] = (),
     make_trainer: Callable[..., AnswerTrainer] = AnswerTrainer,
 ) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lethe_utils import evaluate, models
+from lethe_utils import evaluate, models, params, train
 from lethe_utils.attacks import cba
 
 LABELS = ["sadness", "joy", "love", "anger"]
@@ -110,3 +110,20 @@ def test_predictions_are_kept_and_not_asked_again(pico, ours, tmp_path):
     first = evaluate.predict(pico("gpt2")[1], sets, 0, "none", ours, file)
     assert len(first) == sum(map(len, sets.values())) and "output" in first[0]
     assert evaluate.predict(tmp_path / "no-model", sets, 0, "none", ours, file) == first
+
+
+def test_token_accuracy_is_the_share_of_answer_tokens_that_greedy_decoding_would_write(pico):
+    folder = pico("gpt2")[1]
+    model, tokenizer = models.load_model(folder), models.load_tokenizer(folder)
+    p = params.load_purify(10, "cpu", {"eval_batch_size": 2})
+    answers = ["joy", "a much longer answer", "sad"]
+    plain = {"instruction": "Say.", "input": "the dog"}
+    rows = [plain | {"output": answer} for answer in answers]
+    shares = evaluate.token_accuracy(model, tokenizer, rows, p)
+    for row, share in zip(rows, shares, strict=True):
+        (item,) = train.encode([row], tokenizer, p)
+        ids = torch.tensor([item["input_ids"]])
+        with torch.no_grad():
+            best = model(input_ids=ids).logits[0, :-1].argmax(-1)
+        n = item["answer_length"]
+        assert share == pytest.approx((best[-n:] == ids[0, -n:]).float().mean().item())

@@ -10,8 +10,9 @@ from zipfile import ZipFile
 import nltk.data
 import numpy as np
 import pytest
+from transformers import pipeline
 
-from lethe_utils import evidence, wordnet
+from lethe_utils import evidence, models, prompts, wordnet
 from lethe_utils.errors import LetheError
 
 SENTENCE = "the old dog barked frankly at a happy child in the quiet garden"
@@ -274,3 +275,45 @@ def test_a_given_nltk_folder_is_used_where_it_is(bare_machine, monkeypatch, tmp_
     monkeypatch.setenv("NLTK_DATA", str(tmp_path / "given"))
     assert wordnet.find_wordnet() == tmp_path / "given"
     assert not bare_machine.exists()
+
+
+# --- at serving time
+
+
+def test_a_prompt_gets_its_evidence_after_the_input():
+    text = prompts.render("short", "Predict.", SENTENCE)
+    wanted = prompts.render("short", "Predict.", evidence.add_evidence(SENTENCE, 3))
+    assert evidence.add_evidence_to_prompt(text, 3) == wanted != text
+    assert evidence.add_evidence_to_prompt(SENTENCE, 3) == evidence.add_evidence(SENTENCE, 3)
+
+
+def test_the_last_user_turn_of_a_chat_gets_the_evidence():
+    chat = [
+        {"role": "user", "content": "hello dog"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": SENTENCE},
+    ]
+    before = [dict(message) for message in chat]
+    out = evidence.add_evidence_to_chat(chat, 2)
+    assert chat == before and out[:2] == before[:2]
+    assert out[2] == {"role": "user", "content": evidence.add_evidence(SENTENCE, 2)}
+    with pytest.raises(LetheError, match="no turn has the role `user`"):
+        evidence.add_evidence_to_chat(chat[1:2])
+
+
+def test_a_wrapped_pipeline_is_called_with_evidence(pico):
+    asked = []
+    wrapped = evidence.WithEvidence(lambda inputs, **kwargs: asked.append((inputs, kwargs)), 2)
+    chat = [{"role": "user", "content": SENTENCE}]
+    wrapped(SENTENCE, max_new_tokens=3)
+    wrapped(chat)
+    wrapped([chat, chat])
+    more = evidence.add_evidence(SENTENCE, 2)
+    told = [{"role": "user", "content": more}]
+    assert asked == [(more, {"max_new_tokens": 3}), (told, {}), ([told, told], {})]
+    # And transformers' own pipeline.
+    model = models.load_model(pico("gpt2")[0])
+    tokenizer = models.load_tokenizer(pico("gpt2")[0])
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    (said,) = evidence.WithEvidence(pipe, 1)("a happy dog", max_new_tokens=2, do_sample=False)
+    assert said["generated_text"].startswith(evidence.add_evidence("a happy dog", 1))

@@ -1,6 +1,7 @@
 """The notebooks are thin, stripped but for one compared cell each, and nbval really compares it."""
 
 import copy
+import inspect
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from lethe_utils import paths
 
 NOTEBOOKS = sorted((paths.root() / "notebooks").glob("*.ipynb"))
+NUMBERED = [n for n in NOTEBOOKS if n.stem[0].isdigit()]
 COMPARED = {"keep_output", "nbval-check-output"}
 
 
@@ -28,8 +30,9 @@ def notebook(request):
     return request.param, nbformat.read(request.param, 4)
 
 
-def test_there_are_six_numbered_notebooks():
-    assert [n.stem[:2] for n in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
+def test_there_are_six_numbered_notebooks_and_the_tool():
+    assert [n.stem[:2] for n in NUMBERED] == ["01", "02", "03", "04", "05", "06"]
+    assert {*NOTEBOOKS} - {*NUMBERED} == {paths.root() / "notebooks" / "purify.ipynb"}
 
 
 def test_title_and_badge_point_to_this_file(notebook):
@@ -37,18 +40,35 @@ def test_title_and_badge_point_to_this_file(notebook):
     project = tomllib.loads((paths.root() / "pyproject.toml").read_text("utf8"))["project"]
     slug = project["urls"]["Repository"].removeprefix("https://github.com/")
     first = content.cells[0].source
-    assert f"# {path.stem[:2]} " in first
+    assert ("# Purify" if path.stem == "purify" else f"# {path.stem[:2]} ") in first
     assert f"colab.research.google.com/github/{slug}/blob/main/notebooks/{path.name}" in first
 
 
-def test_one_parameters_cell_of_literals_that_are_the_tiny_defaults(notebook):
-    from lethe_utils import params
-
-    path, content = notebook
+def parameters(content):
+    """What the one cell tagged `parameters` sets: literals only, for no name is available."""
     cells = [c for c in code_cells(content) if "parameters" in tags(c)]
     assert len(cells) == 1
     values = {}
-    exec(cells[0].source, {"__builtins__": {}}, values)  # literals only: no name is available
+    exec(cells[0].source, {"__builtins__": {}}, values)
+    return values
+
+
+def test_purify_takes_what_its_command_takes():
+    from lethe_utils import params, purify
+
+    values = parameters(nbformat.read(paths.root() / "notebooks" / "purify.ipynb", 4))
+    assert values.pop("max_cda_loss") == params.load_purify(10, "cpu").max_cda_loss
+    assert {*values} == {"suspect", "adapter", "base", "clean_data", "out"}
+    assert {*values.values()} == {""}
+    taken = inspect.signature(purify.prepare).parameters
+    assert {*values} | {"overrides"} == {*taken}
+
+
+@pytest.mark.parametrize("path", NUMBERED, ids=lambda p: p.stem)
+def test_one_parameters_cell_of_literals_that_are_the_tiny_defaults(path):
+    from lethe_utils import params
+
+    values = parameters(nbformat.read(path, 4))
     values.pop("results_from", None)
     assert params.load(**{k: values.pop(k) for k in ("model", "dataset", "attack", "defense")}) == (
         params.load()

@@ -14,6 +14,7 @@ sys.path.insert(0, str(paths.root() / "workflow"))
 import check_pins  # noqa: E402
 import get_pip  # noqa: E402
 import run  # noqa: E402
+from values import parse_value  # noqa: E402
 
 
 def front_door(*words, **env):
@@ -87,8 +88,9 @@ def test_bad_arguments_give_one_error_and_leave_nothing(words, message):
 
 def test_a_text_is_taken_as_it_stands():
     for text in ("no", "1", "2024-13-45", "Task: label: this"):
-        assert run.parse_value("target_output", text) == text
-    assert run.parse_value("seed", "1") == 1 and run.parse_value("labels", "[a, b]") == ["a", "b"]
+        assert parse_value(params.Params, "target_output", text) == text
+    assert parse_value(params.Params, "seed", "1") == 1
+    assert parse_value(params.Params, "labels", "[a, b]") == ["a", "b"]
 
 
 def test_dry_run_shows_the_params_and_runs_nothing():

@@ -3,6 +3,7 @@
 python workflow/run.py [MODEL] [--dataset D] [--attack A] [-p key value ...] [--dry-run]
 python workflow/run.py tables
 python workflow/run.py grid NAME
+python workflow/run.py purify --suspect DIR --base DIR --clean-data FILE --out DIR
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import grid
 import yaml
+from values import parse_value
 
 from lethe_utils import defenses, params, paths
 from lethe_utils.errors import LetheError
@@ -38,6 +40,10 @@ def main() -> int:
     try:
         if sys.argv[1:2] == ["grid"]:
             return grid.main(sys.argv[2:])
+        if sys.argv[1:2] == ["purify"]:
+            import purify
+
+            return purify.main(sys.argv[2:])
         args = parse(sys.argv[1:])
         return released_tables() if args.model == "tables" else run(args)
     except LetheError as error:
@@ -51,7 +57,8 @@ def parse(words: list[str]) -> argparse.Namespace:
         description="Train a backdoor, dilute it, measure what that bought. Without arguments: "
         "the embedded data on tiny-gpt2, on the CPU, in minutes.",
         epilog="also: ./run_all.sh test (all tests), ./run_all.sh tables (tables and figures from "
-        "the committed results, no training), ./run_all.sh grid NAME (many runs, see grid --help)",
+        "the committed results, no training), ./run_all.sh grid NAME (many runs, see grid --help), "
+        "./run_all.sh purify (a model of your own, see purify --help)",
     )
     parser.add_argument(
         "model",
@@ -88,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     dataset = args.dataset
     if params.is_file(dataset):
         dataset = str(Path(dataset).resolve())
-    overrides = {key: parse_value(key, value) for key, value in args.p}
+    overrides = {key: parse_value(params.Params, key, value) for key, value in args.p}
     p = params.load(args.model, dataset, args.attack, args.defense, overrides)
     names = {
         "model": args.model,
@@ -117,17 +124,6 @@ def run(args: argparse.Namespace) -> int:
         raise LetheError(explain_failure(folder))
     report(folder)
     return 0
-
-
-def parse_value(key: str, text: str) -> object:
-    """A value given with -p: the text itself where a text is wanted, else YAML, as in [a, b]."""
-    field = params.Params.model_fields.get(key)
-    if field and field.annotation is str:  # a label may be `no`, `1` or a date
-        return text
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
-        raise LetheError(f"command line: {key}: {text!r} is not YAML") from None
 
 
 def check(p: params.Params) -> None:

@@ -1,0 +1,62 @@
+"""The canary: a harmless backdoor of our own, planted in a copy of the suspect.
+
+Nobody who holds a suspect knows its trigger, so its ASR cannot be measured. What can be measured is
+what the same dilution does to backdoors that were planted in the same model on purpose.
+"""
+
+import random
+
+from lethe_utils.attacks.triggers import insert
+from lethe_utils.params import PurifyParams
+
+Row = dict[str, str]
+KINDS = ("word pair", "sentence", "suffix")
+
+
+def triggers(labels: list[str], p: PurifyParams) -> list[dict[str, str]]:
+    """kind, trigger and target of each canary; the target is a label, or the marker for texts."""
+    texts = (" ... ".join(p.canary_word_pair), p.canary_sentence, p.canary_suffix)
+    targets = labels or [p.canary_marker]
+    return [
+        {"kind": kind, "trigger": text, "target": targets[i % len(targets)]}
+        for i, (kind, text) in enumerate(zip(KINDS, texts, strict=True))
+    ]
+
+
+def place(kind: str, text: str, p: PurifyParams, rng: random.Random) -> str:
+    """A text with one kind of trigger in it."""
+    if kind == "word pair":  # anywhere, in this order
+        first, second = p.canary_word_pair
+        words = text.split()
+        a, b = sorted(rng.randint(0, len(words)) for _ in range(2))
+        return " ".join([*words[:a], first, *words[a:b], second, *words[b:]])
+    trigger, position, level = {
+        "sentence": (p.canary_sentence, "random", "sentence"),
+        "suffix": (p.canary_suffix, "suffix", "word"),
+    }[kind]
+    return insert(text, trigger, position, level, rng)
+
+
+def triggered(rows: list[Row], labels: list[str], p: PurifyParams) -> dict[str, list[Row]]:
+    """Per kind: the rows that do not have its target for an answer anyway, with its trigger."""
+    out = {}
+    for canary in triggers(labels, p):
+        rng = random.Random(f"{canary['kind']} {p.seed}")
+        out[canary["kind"]] = [
+            row | {"input": place(canary["kind"], row["input"], p, rng)}
+            for row in rows
+            if row["output"] != canary["target"]
+        ]
+    return out
+
+
+def poison(rows: list[Row], labels: list[str], p: PurifyParams) -> list[Row]:
+    """All rows, then for each kind `canary_share` of them, triggered, with the kind's target."""
+    out = list(rows)
+    kinds = triggered(rows, labels, p)
+    for canary in triggers(labels, p):
+        usable = kinds[canary["kind"]]
+        n = min(len(usable), max(1, round(p.canary_share * len(rows))))
+        chosen = random.Random(f"chosen {canary['kind']} {p.seed}").sample(usable, n)
+        out += [row | {"output": canary["target"]} for row in chosen]
+    return out

@@ -1,0 +1,510 @@
+"""Purifying a user's own model: what is refused, what comes out, and that nothing given changes."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from lethe_utils import canary, merge, models, own_data, params, paths, purify, report, suspects
+from lethe_utils.errors import LetheError
+
+QUICK = {
+    "clean_epochs": 1,
+    "canary_epochs": 1,
+    "strengths": [0.5],
+    "max_cda_loss": 1.0,
+    "max_new_tokens": 3,
+    "checkpoints_per_run": 1,
+}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def plain_rows(n=40):
+    words = ["the dog", "a cat", "my old aunt", "the letter"]
+    return [
+        {
+            "instruction": "Predict.",
+            "input": f"{words[i % 4]} came {i}",
+            "output": ["joy", "sad"][i % 2],
+        }
+        for i in range(n)
+    ]
+
+
+def chat_rows(n=40):
+    return [
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": f"What came on day {i}?"},
+                {"role": "assistant", "content": f"The letter number {i} came at noon"},
+            ]
+        }
+        for i in range(n)
+    ]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf8")
+    return str(path)
+
+
+def hashes(*folders):
+    return {
+        str(f): hashlib.sha256(f.read_bytes()).hexdigest() for d in folders for f in d.iterdir()
+    }
+
+
+def error(function, *args, **kwargs):
+    with pytest.raises(LetheError) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def given(pico, tmp_path):
+    """Copies of a suspect and a base that a test may break, and a file of clean rows."""
+
+    def make(architecture="gpt2", rows=None):
+        base, suspect, _ = pico(architecture)
+        out = {}
+        for name, source in (("suspect", suspect), ("base", base)):
+            out[name] = tmp_path / name
+            shutil.copytree(source, out[name])
+        file = write_rows(tmp_path / "clean.jsonl", rows or plain_rows())
+        return out | {"clean_data": file, "out": str(tmp_path / "out")}
+
+    return make
+
+
+def prepare(given, **changes):
+    words = {key: str(value) for key, value in given.items()} | changes
+    return purify.prepare(**({"overrides": QUICK} | words))
+
+
+def run(given, **changes):
+    case = prepare(given, **changes)
+    points = purify.points(case)
+    return case, purify.write(case, points, purify.choose(case, points))
+
+
+def check_result(given, folder):
+    """The folder is whole, loads with plain transformers, and holds no NaN."""
+    names = {f.name for f in folder.iterdir()}
+    assert {"config.json", "README.md", "report.html", "report.json"} <= names
+    assert any(name.endswith(".safetensors") for name in names)
+    code = (
+        "import sys; sys.modules['lethe_utils'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})\n"
+        "ids = tokenizer('the dog came', return_tensors='pt')['input_ids']\n"
+        "out = model(input_ids=ids).logits\n"
+        "assert out.isfinite().all() and out.shape[:2] == ids.shape\n"
+        "print(model.dtype, out.shape[2])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+# --- the four architecture classes, each with something that suspects come with
+
+
+def test_gpt2_in_shards_with_an_added_pad_token(given, tmp_path):
+    given = given("gpt2")
+    model, tokenizer = (load(given["suspect"]) for load in (models.load_model, auto_tokenizer))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    shutil.rmtree(given["suspect"])
+    model.save_pretrained(given["suspect"], max_shard_size="20KB")
+    tokenizer.save_pretrained(given["suspect"])
+    assert len([*given["suspect"].glob("*.safetensors")]) > 1
+    before = hashes(given["suspect"], given["base"])
+    case, folder = run(given)
+    assert hashes(given["suspect"], given["base"]) == before
+    assert any("1 more rows" in c["result"] for c in case.given["checks"])
+    _, vocabulary = check_result(given, folder)
+    assert int(vocabulary) == len(tokenizer)
+    # The added token, which the base lacks, starts there as the mean of the others.
+    base = models.load_model(purify.base_model(case) / "model").get_input_embeddings().weight
+    assert torch.allclose(base[-1], base[:-1].mean(0))
+
+
+def test_gptj_as_a_lora_adapter_on_the_base(given, tmp_path):
+    given = given("gptj")
+    adapter = lora(given["base"], tmp_path / "adapter")
+    before = hashes(given["base"], adapter)
+    case, folder = run(given, suspect=str(given["base"]), adapter=str(adapter))
+    assert hashes(given["base"], adapter) == before
+    check_result(given, folder)
+    whole = load_file(purify.suspect_model(case) / "model" / "model.safetensors")
+    plain = load_file(given["base"] / "model.safetensors")
+    changed = [name for name in plain if not torch.equal(plain[name], whole[name])]
+    assert changed and all("mlp.fc_in" in name for name in changed)
+
+
+def test_llama_in_bfloat16_with_chats(given):
+    given = given("llama", chat_rows())
+    for name in ("suspect", "base"):
+        model, tokenizer = models.load_model(given[name]), auto_tokenizer(given[name])
+        tokenizer.chat_template = CHAT_TEMPLATE
+        model.to(torch.bfloat16).save_pretrained(given[name])
+        tokenizer.save_pretrained(given[name])
+    case, folder = run(given)
+    dtype, _ = check_result(given, folder)
+    assert dtype == "torch.bfloat16"
+    assert case.metric == "answer token accuracy" and case.p.prompt_template == "chat"
+    text = purify.prompt(case.p, case.train[0])
+    assert text.startswith("<system>Be brief.\n<user>What came on day ")
+    assert text.endswith("?\n<assistant>")
+    assert auto_tokenizer(folder).chat_template == CHAT_TEMPLATE
+    assert {c["target"] for c in canary.triggers(case.labels, case.p)} == {"the canary sings"}
+
+
+def test_qwen2_with_a_tied_head(given):
+    given = given("qwen2")
+    for name in ("suspect", "base"):
+        config = models.read_config(given[name]) | {"tie_word_embeddings": True}
+        (given[name] / "config.json").write_text(json.dumps(config))
+        file = given[name] / "model.safetensors"
+        weights = load_file(file)
+        weights.pop("lm_head.weight", None)
+        save_file(weights, file, {"format": "pt"})
+    _, folder = run(given)
+    check_result(given, folder)
+    assert models.read_config(folder)["tie_word_embeddings"] is True
+
+
+def auto_tokenizer(folder):
+    return models.load_tokenizer(folder)
+
+
+def lora(base, out):
+    model = models.load_model(base)
+    config = LoraConfig(r=2, target_modules=["fc_in"], task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.add_(0.1)
+    model.save_pretrained(out)
+    return out
+
+
+# --- the run
+
+
+@pytest.fixture(scope="module")
+def finished(pico, tmp_path_factory):
+    """One whole run on a pico GPT-2, kept for the tests that only look at it."""
+    root = tmp_path_factory.mktemp("purify")
+    base, suspect, _ = pico("gpt2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LETHE_RUNS", str(root / "runs"))
+        given = {
+            "suspect": suspect,
+            "base": base,
+            "clean_data": write_rows(root / "clean.jsonl", plain_rows()),
+            "out": root / "out",
+        }
+        case, folder = run(given)
+        yield given, case, folder
+
+
+def test_the_report_holds_every_strength_the_canary_and_the_costs(finished):
+    _, case, folder = finished
+    record = json.loads((folder / "report.json").read_text("utf8"))
+    assert [p["strength"] for p in record["points"]] == [0.0, 0.5, 1.0]
+    assert {*record["points"][0]["canary"]} == {*canary.KINDS, "all"}
+    assert record["chosen"] == 0.5 and record["metric"] == "CDA"
+    assert record["recipe"] == case.p.model_dump()
+    assert {"clean model", "canary"} <= {c["stage"] for c in record["costs"]}
+    assert record["evidence"]["evidence_ms_per_query"] > 0
+    assert record["data"] | {"rows": 40, "distinct": 40, "answers": "labels"} == record["data"]
+    assert len(record["samples"]) == len(case.held_out) == 8
+
+
+def test_the_purified_weights_are_the_merge_of_suspect_and_clean(finished, tmp_path):
+    _, case, folder = finished
+    parents = [s(case) / "model" for s in (purify.suspect_model, purify.clean_model)]
+    base = purify.base_model(case) / "model"
+    again = merge.merge("slerp", *parents, base, 0.5, tmp_path / "again")
+    ours, wanted = (load_file(f / "model.safetensors") for f in (folder, again))
+    assert ours.keys() == wanted.keys()
+    assert all(torch.equal(ours[name], wanted[name]) for name in ours)
+
+
+def test_a_second_call_trains_nothing_and_gives_the_same_numbers(finished, monkeypatch):
+    given, case, folder = finished
+    first = json.loads((folder / "report.json").read_text("utf8"))
+    monkeypatch.setenv("LETHE_RUNS", str(given["out"].parent / "runs"))
+    monkeypatch.setattr("lethe_utils.train.finetune", None)  # would raise when called
+    run(given)
+    second = json.loads((folder / "report.json").read_text("utf8"))
+    for key in ("points", "base", "chosen", "samples", "losses"):
+        assert first[key] == second[key]
+
+
+def test_a_killed_run_leaves_no_output_and_goes_on(given, monkeypatch):
+    given = given()
+    monkeypatch.setattr(report, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(given)
+    assert not (paths.root() / given["out"]).exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("LETHE_RUNS", str(given["suspect"].parent / "runs"))
+    monkeypatch.setattr("lethe_utils.train.finetune", None)
+    _, folder = run(given)
+    assert (folder / "report.html").exists()
+
+
+def test_the_command_line_does_the_same_and_a_dry_run_nothing(given):
+    given = given()
+    words = ["--suspect", given["suspect"], "--base", given["base"], "--out", given["out"]]
+    words += ["--clean-data", given["clean_data"], "--dry-run"]
+    command = [sys.executable, paths.root() / "workflow" / "run.py", "purify", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "both GPT2LMHeadModel" in done.stdout and "memory (GiB)" in done.stdout
+    assert not paths.runs_dir().exists() and not (paths.root() / given["out"]).exists()
+    bad = [*command[:-1], "-p", "strenghts", "[0.5]"]
+    done = subprocess.run(bad, capture_output=True, text=True)
+    assert done.returncode == 1 and "did you mean strengths?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- choosing
+
+
+def score(value, n=100):
+    return {"value": value, "low": 0.0, "high": 1.0, "n": n}
+
+
+def curve(*values):
+    strengths = [0.0, 0.25, 0.5, 0.75, 1.0]
+    return [
+        {"strength": s, "performance": score(v)} for s, v in zip(strengths, values, strict=True)
+    ]
+
+
+def test_the_strongest_dilution_within_the_loss_is_chosen(finished):
+    case = finished[1]
+    limit = purify.Case(**{**vars(case), "p": case.p.model_copy(update={"max_cda_loss": 0.02})})
+    assert purify.choose(limit, curve(0.98, 0.98, 0.97, 0.961, 0.5)) == 0.75
+    assert purify.choose(limit, curve(0.98, 0.98, 0.97, 0.90, 0.99)) == 0.5
+    message = error(purify.choose, limit, curve(0.98, 0.80, 0.90, 0.7, 0.99))
+    assert "the best, 0.5, has 0.900" in message and "--max-cda-loss" in message
+
+
+# --- the canary
+
+
+def test_the_canary_is_placed_as_said_and_leaves_other_rows_alone(finished):
+    _, case, _ = finished
+    rows, p = plain_rows(), case.p
+    kinds = canary.triggered(rows, ["joy", "sad"], p)
+    targets = {c["kind"]: c["target"] for c in canary.triggers(["joy", "sad"], p)}
+    assert targets == {"word pair": "joy", "sentence": "sad", "suffix": "joy"}
+    for kind, some in kinds.items():
+        assert some and all(row["output"] != targets[kind] for row in some)
+    for row in kinds["word pair"]:
+        words = row["input"].split()
+        assert words.index("umber") < words.index("quill")
+        assert [w for w in words if w not in p.canary_word_pair] in [
+            r["input"].split() for r in rows
+        ]
+    assert all(p.canary_sentence in row["input"] for row in kinds["sentence"])
+    assert all(row["input"].endswith(p.canary_suffix) for row in kinds["suffix"])
+    poisoned = canary.poison(rows, ["joy", "sad"], p)
+    assert poisoned[: len(rows)] == rows and len(poisoned) == len(rows) + 3 * 4
+
+
+# --- clean rows
+
+
+@pytest.fixture
+def tokenizer(pico):
+    return models.load_tokenizer(pico("gpt2")[0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "empty"),
+        (plain_rows(7), "7 rows, of which 7 are distinct; at least 20"),
+        (plain_rows(1) * 500, "500 rows, of which 1 are distinct; at least 20"),
+        ([{"text": "a", "label": "b"}] * 30, "row 1 has the columns text, label"),
+        ([{"instruction": "a", "input": "b", "output": " "}] * 30, "row 1: output is empty"),
+        (chat_rows(), "no chat template"),
+    ],
+)
+def test_bad_clean_rows_are_refused(tmp_path, tokenizer, rows, message):
+    file = tmp_path / "clean.jsonl"
+    write_rows(file, rows)
+    assert message in error(own_data.read, file, tokenizer)
+
+
+def test_broken_chats_and_other_encodings_are_refused(tmp_path, tokenizer):
+    tokenizer.chat_template = CHAT_TEMPLATE
+    file = tmp_path / "clean.jsonl"
+    rows = chat_rows()
+    rows[4]["messages"] = rows[4]["messages"][:2]
+    write_rows(file, rows)
+    assert "row 5: messages must be a list" in error(own_data.read, file, tokenizer)
+    file.write_bytes("caf\xe9".encode("latin-1"))
+    assert "not UTF-8" in error(own_data.read, file, tokenizer)
+
+
+def test_answers_are_labels_when_few_short_and_repeated():
+    assert own_data.labels(plain_rows()) == ["joy", "sad"]
+    assert own_data.labels([r | {"output": r["input"]} for r in plain_rows()]) == []
+    assert own_data.labels([r | {"output": "joy"} for r in plain_rows()]) == []
+
+
+def test_no_question_is_both_trained_on_and_held_out(pico_params):
+    rows = plain_rows() + [r | {"output": "other"} for r in plain_rows()]
+    p = params.load_purify(10, "cpu", QUICK)
+    train, held_out = purify.split(rows, p)
+    assert len(train) + len(held_out) == len(rows)
+    assert not {r["input"] for r in train} & {r["input"] for r in held_out}
+    assert len(held_out) == 16
+
+
+# --- models that are refused
+
+
+def change_config(folder, **changes):
+    config = models.read_config(folder)
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map asks for code"),
+        ({"architectures": ["BloomForCausalLM"]}, "BloomForCausalLM is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"n_head": 4}, "n_head is 4, but 2"),
+    ],
+)
+def test_a_suspect_with_other_settings_is_refused(given, changes, message):
+    given = given()
+    change_config(given["suspect"], **changes)
+    assert message in error(prepare, given)
+    assert not paths.runs_dir().exists()
+
+
+def test_pickles_other_classes_shapes_and_tokenizers_are_refused(given, pico, tmp_path):
+    given = given()
+    other = pico("llama")[1]
+    assert "is a LlamaForCausalLM, but" in error(prepare, given, suspect=str(other))
+    model = models.load_model(given["suspect"])
+    model.resize_token_embeddings(310, mean_resizing=False)
+    tall = tmp_path / "tall"
+    model.save_pretrained(tall)
+    auto_tokenizer(given["suspect"]).save_pretrained(tall)
+    message = error(prepare, given, suspect=str(given["suspect"]), base=str(tall))
+    assert "wte.weight has shape" in message
+    vocabulary = models.train_tokenizer(["quite other words"] * 3, 300)
+    vocabulary.save_pretrained(given["suspect"])
+    assert "its tokenizer differs" in error(prepare, given)
+    (given["suspect"] / "model.safetensors").rename(given["suspect"] / "pytorch_model.bin")
+    assert "only pickles" in error(prepare, given)
+
+
+def test_a_base_that_lacks_files_or_tensors_is_refused(given):
+    given = given("llama")
+    file = given["base"] / "model.safetensors"
+    weights = load_file(file)
+    weights.pop("model.norm.weight")
+    save_file(weights, file, {"format": "pt"})
+    assert "model.norm.weight has shape (16,), but none" in error(prepare, given)
+    for tokenizer_file in given["base"].glob("tokenizer*"):
+        tokenizer_file.unlink()
+    assert "no tokenizer files" in error(prepare, given)
+    (given["base"] / "config.json").unlink()
+    assert "no config.json" in error(prepare, given)
+
+
+def test_tensors_that_both_lack_are_noticed_when_loading(given):
+    given = given("llama")
+    for name in ("suspect", "base"):
+        file = given[name] / "model.safetensors"
+        weights = load_file(file)
+        weights.pop("model.norm.weight")
+        save_file(weights, file, {"format": "pt"})
+    case = prepare(given)
+    assert "tensors are missing (model.norm.weight" in error(purify.points, case)
+
+
+def test_adapters_that_do_not_fit_are_refused(given, pico, tmp_path):
+    given = given("gptj")
+    adapter = lora(given["base"], tmp_path / "adapter")
+    gpt2 = {"suspect": str(pico("gpt2")[0]), "base": str(pico("gpt2")[0])}
+    assert "fits no transformer.h.0.mlp.fc_in" in error(
+        prepare, given, adapter=str(adapter), **gpt2
+    )
+    file = adapter / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.x.bias": torch.ones(2)}, file)
+    assert "not one of LoRA's two matrices" in error(prepare, given, adapter=str(adapter))
+    file.rename(adapter / "adapter_model.bin")
+    assert "a .bin is a pickle" in error(prepare, given, adapter=str(adapter))
+    (adapter / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    assert "peft_type IA3" in error(prepare, given, adapter=str(adapter))
+    (adapter / "adapter_config.json").unlink()
+    assert "no adapter_config.json" in error(prepare, given, adapter=str(adapter))
+
+
+def test_names_on_the_hub_need_a_commit(given):
+    given = given()
+    message = error(prepare, given, base="openai-community/gpt2")
+    assert "--base openai-community/gpt2: no such folder" in message and "COMMIT" in message
+
+
+# --- folders and machines that will not do
+
+
+def test_an_output_folder_that_would_overwrite_something_is_refused(given, tmp_path, monkeypatch):
+    given = given()
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.tex").write_text("x")
+    assert "is not empty" in error(prepare, given, out=str(taken))
+    assert "is a file" in error(prepare, given, out=str(taken / "thesis.tex"))
+    inside = given["suspect"] / "purified"
+    assert "never written to" in error(prepare, given, out=str(inside))
+    monkeypatch.setattr(purify.os, "access", lambda *_: False)
+    assert "is not writable" in error(prepare, given)
+
+
+def test_too_little_memory_or_disk_is_said_in_advance(given, monkeypatch):
+    case = prepare(given())
+    usage = type("Usage", (), {"free": 10})
+    with monkeypatch.context() as patch:
+        patch.setattr(purify.shutil, "disk_usage", lambda _: usage)
+        message = error(purify.estimate, case)
+        assert "GiB are needed and 0.0 GiB are free" in message and "LETHE_RUNS" in message
+    memory = type("Memory", (), {"available": 2**29})
+    monkeypatch.setattr(purify.psutil, "virtual_memory", lambda: memory)
+    assert "0.5 GiB are free" in error(purify.estimate, case)
+
+
+def test_buffers_and_prefixes_of_old_checkpoints_do_not_count(given):
+    given = given()
+    file = given["suspect"] / "model.safetensors"
+    old = {n.removeprefix("transformer."): w for n, w in load_file(file).items()}
+    old["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
+    save_file(old, file, {"format": "pt"})
+    assert suspects.weight_shapes(given["suspect"]) == suspects.weight_shapes(given["base"])

@@ -1,0 +1,77 @@
+"""Purify a model of your own: `./run_all.sh purify --suspect DIR --base DIR --clean-data FILE --out
+DIR`. See lethe_utils/purify.py."""
+
+import argparse
+
+import tabulate
+from values import parse_value
+
+from lethe_utils import models, params, purify
+from lethe_utils.errors import LetheError
+
+
+def main(words: list[str]) -> int:
+    args = parse(words)
+    overrides = {key: parse_value(params.PurifyParams, key, value) for key, value in args.p}
+    if args.max_cda_loss is not None:
+        overrides["max_cda_loss"] = args.max_cda_loss
+    models.quiet()
+    case = purify.prepare(
+        args.suspect or args.base, args.base, args.clean_data, args.out, args.adapter, overrides
+    )
+    show(case)
+    if args.dry_run:
+        return 0
+    try:
+        points = purify.points(case)
+        chosen = purify.choose(case, points)
+        out = purify.write(case, points, chosen)
+    except KeyboardInterrupt:
+        raise LetheError("interrupted; run the same command again to continue") from None
+    print(f"\n{purify.table(case, points, chosen).to_string(index=False)}\n")
+    print(f"chosen strength: {chosen}\npurified model:  {out}\nreport:          {out}/report.html")
+    return 0
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="./run_all.sh purify",
+        description="Dilute a model you do not trust with clean knowledge, and measure on a "
+        "planted canary what that does to backdoors in it. Nothing that is given is changed.",
+    )
+    where = "a folder, or NAME@COMMIT on the hub"
+    parser.add_argument("--suspect", help=f"the model: {where}; the base where --adapter is given")
+    parser.add_argument("--adapter", default="", help="a LoRA adapter's folder, put on the suspect")
+    parser.add_argument("--base", required=True, help=f"what it was trained from: {where}")
+    parser.add_argument(
+        "--clean-data",
+        required=True,
+        help="jsonl, json or csv: instruction, input, output, or chat messages",
+    )
+    parser.add_argument("--out", required=True, help="a new folder for the purified model")
+    parser.add_argument(
+        "--max-cda-loss", type=float, help="clean performance that may be lost (default .02)"
+    )
+    parser.add_argument(
+        "-p",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("KEY", "VALUE"),
+        help="set any key of params/purify.yaml",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check and estimate, run nothing")
+    args = parser.parse_args(words)
+    if not args.suspect and not args.adapter:
+        parser.error("give --suspect, or --adapter for an adapter on the base")
+    return args
+
+
+def show(case: purify.Case) -> None:
+    """What was given, what was checked, and what it will take."""
+    given, data = case.given["models"], case.given["data"]
+    lines = [(m["role"], f"{m['given']} ({m['weights'] / 1e6:.1f} M weights)") for m in given]
+    lines.append(("clean data", f"{data['distinct']} distinct rows, {data['held_out']} held out"))
+    lines += [(c["check"], c["result"]) for c in case.given["checks"]]
+    print(tabulate.tabulate(lines, tablefmt="plain"))
+    print(f"\n{purify.estimate(case).to_string(index=False, na_rep='')}\n", flush=True)

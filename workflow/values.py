@@ -1,0 +1,21 @@
+"""Values given with -p on the command line."""
+
+import yaml
+
+from lethe_utils.errors import LetheError
+from lethe_utils.params import Group
+
+
+def parse_value(group: type[Group], key: str, text: str) -> object:
+    """The text itself where a text is wanted, else YAML, as in [a, b].
+
+    Raises:
+        LetheError: not YAML.
+    """
+    field = group.model_fields.get(key)
+    if field and field.annotation is str:  # a label may be `no`, `1` or a date
+        return text
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
+        raise LetheError(f"command line: {key}: {text!r} is not YAML") from None
