@@ -8,6 +8,7 @@ Intermediate models are stages, so a killed run goes on where it stopped.
 
 import os
 import random
+import shlex
 import shutil
 import sys
 import tempfile
@@ -448,9 +449,9 @@ def write(case: Case, measured_points: list[dict[str, Any]], strength: float) ->
             shutil.copy(file, partial)
     record = _record(case, measured_points, strength)
     report.write(record, partial)
-    card = (
-        f"---\nlibrary_name: transformers\nbase_model: {case.given['models'][1]['given']}\n---\n\n"
-    )
+    base, _, commit = case.given["models"][1]["given"].partition("@")
+    known = f"base_model: {base}\n" if commit else ""  # a local path is nobody else's business
+    card = f"---\nlibrary_name: transformers\n{known}---\n\n"
     (partial / "README.md").write_text(card + report.markdown(record), "utf8")
     shutil.rmtree(case.out, ignore_errors=True)
     os.replace(partial, case.out)
@@ -470,7 +471,9 @@ def _record(case: Case, measured_points: list[dict[str, Any]], strength: float) 
     losses = {n: pd.read_csv(f / "loss.csv").to_dict("records") for n, f in trained.items()}
     return {key: made[key] for key in kept} | {
         "seed": case.p.seed,
-        "command": " ".join(["./run_all.sh", *sys.argv[1:]]),
+        "command": shlex.join(["./run_all.sh", *sys.argv[1:]])
+        if sys.argv[1:2] == ["purify"]
+        else "notebooks/purify.ipynb",
         "out": str(case.out),
         **case.given,
         "recipe": case.p.model_dump(),
