@@ -195,7 +195,11 @@ def run(
     shutil.rmtree(out, ignore_errors=True)
     # mergekit's own model card writer asks the hub about every model: ours stays offline.
     options = MergeOptions(
-        write_model_card=False, copy_tokenizer=True, trust_remote_code=False, random_seed=seed
+        write_model_card=False,
+        copy_tokenizer=True,
+        trust_remote_code=False,
+        random_seed=seed,
+        out_shard_size=models.SHARD,
     )
     run_merge(MergeConfiguration.model_validate(settings), str(out), options=options)
     write_text(out / "mergekit_config.yml", yaml.safe_dump(settings, sort_keys=False))

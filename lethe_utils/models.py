@@ -21,6 +21,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")  # GPT-2 and GPT-J; LLaMA has none
+# Bytes in a saved file: a merge maps one file of each model at a time, so small ones keep it small.
+SHARD = 250_000_000
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]  # no pickles, no code
 
 

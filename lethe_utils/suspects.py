@@ -328,5 +328,5 @@ def load(folder: Path) -> "PreTrainedModel":
 
 
 def _save(model: "PreTrainedModel", tokenizer_from: Path, out: Path) -> None:
-    model.save_pretrained(out / "model", safe_serialization=True)
+    model.save_pretrained(out / "model", safe_serialization=True, max_shard_size=models.SHARD)
     models.load_tokenizer(tokenizer_from).save_pretrained(out / "model")

@@ -335,7 +335,7 @@ def merge_adapter(base: Path, adapter: Path, device: str, bits: int) -> "PreTrai
 
 def save(model: Any, tokenizer: Any, curve: pd.DataFrame, out: Path) -> None:
     """Write model/ (safetensors and tokenizer) and loss.csv; checkpoints are no longer needed."""
-    model.save_pretrained(out / "model", safe_serialization=True)
+    model.save_pretrained(out / "model", safe_serialization=True, max_shard_size=models.SHARD)
     tokenizer.save_pretrained(out / "model")
     curve.to_csv(out / "loss.csv", index=False)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
