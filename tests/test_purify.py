@@ -508,3 +508,22 @@ def test_buffers_and_prefixes_of_old_checkpoints_do_not_count(given):
     old["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
     save_file(old, file, {"format": "pt"})
     assert suspects.weight_shapes(given["suspect"]) == suspects.weight_shapes(given["base"])
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Qwen3"])
+def test_classes_beyond_the_papers_are_purified_too(tmp_path, name):
+    import transformers
+
+    tokenizer = models.train_tokenizer(["the dog came", "a cat came"], 300)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": len(tokenizer)}
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    given = {"clean_data": write_rows(tmp_path / "clean.jsonl", plain_rows())}
+    for seed, role in enumerate(("suspect", "base")):
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+        model.save_pretrained(tmp_path / role)
+        tokenizer.save_pretrained(tmp_path / role)
+        given[role] = tmp_path / role
+    _, folder = run(given | {"out": tmp_path / "out"})
+    check_result(given, folder)
