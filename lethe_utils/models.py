@@ -4,7 +4,6 @@ Every model is untrusted input: safetensors only, never remote code, never a pic
 """
 
 import json
-import logging
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +14,6 @@ from lethe_utils.params import BaseModelParams
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# Here, before the Trainer's import pulls it in: it warns of an optional kernel it does not find.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")  # GPT-2 and GPT-J; LLaMA has none

@@ -55,7 +55,7 @@ DROPS_CAPTION = (
 )
 
 COSTS_CAPTION = (
-    "What each defense takes, means over seeds: trainings of its own, optimizer steps, seconds and "
+    "What each defense takes, medians over seeds: trainings of its own, optimizer steps, seconds and "
     "peak memory (GiB) of making it, milliseconds per query and their ratio to the backdoored "
     "model's in the same run. Those that use the clean model need its line as well."
 )
@@ -362,7 +362,7 @@ def _leading(cell: str) -> str:
 
 
 def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
-    """What each defense takes, averaged over the seeds of a setup.
+    """What each defense takes: the median over a setup's seeds, for a machine may be busy with one.
 
     Args:
         costs: see results.costs.
@@ -370,10 +370,10 @@ def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
         text columns model, dataset, attack, seeds, defense, acts, trainings, steps (of the
         optimizer), seconds (to make it), GiB (peak memory), ms per query, x none (the same run's).
     """
-    means = costs.groupby([*SETUP, "defense", "acts"], sort=False)
+    grouped = costs.groupby([*SETUP, "defense", "acts"], sort=False)
     numbers = ["trainings", "optimizer_steps", "seconds", "peak_memory_gib", "ms_per_query"]
-    out = means[[*numbers, "query_ratio"]].mean().reset_index()
-    out["seeds"] = means["seed"].nunique().to_numpy()
+    out = grouped[[*numbers, "query_ratio"]].median().reset_index()
+    out["seeds"] = grouped["seed"].nunique().to_numpy()
     for column in ("seeds", "trainings", "optimizer_steps"):
         out[column] = out[column].map("{:.0f}".format)
     for column, style in (("seconds", "{:.1f}"), ("peak_memory_gib", "{:.2f}")):
@@ -395,7 +395,7 @@ def overview(table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     paper's means over its 30 settings beside it.
 
     Args:
-        table, costs: of one model, data set and attack; seeds are pooled or averaged.
+        table, costs: of one model, data set and attack; seeds are pooled, costs are medians.
     Returns:
         text columns defense, needs, trainings, steps, seconds (of its own, the clean model's not
         counted), x none (per query), asr, cda; then `paper: column`, `paper: mean asr`,

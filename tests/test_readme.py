@@ -5,7 +5,7 @@ import re
 import pandas as pd
 import pytest
 
-from lethe_utils import paths, results, tables
+from lethe_utils import params, paths, results, tables
 
 README = (paths.root() / "README.md").read_text("utf8")
 
@@ -21,6 +21,7 @@ def released():
 
 def test_the_default_runs_controls_are_in_the_readme(released):
     default = released.query("model == 'tiny-gpt2' and dataset == 'embedded' and seed == 0")
+    default = default[default["defense"].isin(tables.CONTROLS + tables.MERGES)]
     assert indented(tables.text(tables.controls_table(default))) in README
 
 
@@ -43,6 +44,15 @@ def test_the_papers_numbers_stand_in_columns_of_their_own(released):
     for _, row in beside.iterrows():
         cells = [*row[["model", "dataset", "attack", "metric", *columns, "paper: model"]]]
         assert f"| {' | '.join(cells)} |" in README
+
+
+def test_every_defense_with_its_costs_and_the_papers_means_is_in_the_readme(released):
+    setup = "model == 'tiny-gpt2' and dataset == 'embedded' and attack == 'cba'"
+    costs = results.load_costs(params.load(), "released").query(setup)
+    overview = tables.overview(released.query(setup), costs)
+    assert set(overview["seconds"]) > {""} and len(overview) > 30
+    for row in [list(overview), *overview.astype(str).to_numpy()]:
+        assert f"| {' | '.join(row)} |" in README
 
 
 def test_released_figures_and_tables_come_from_the_released_results(released):

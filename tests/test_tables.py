@@ -443,7 +443,7 @@ def test_bold_cells_are_bold_in_markdown_and_latex_and_plain_in_csv(tmp_path):
     assert markdown.read_text().count("**") == 2 * 3
 
 
-def test_costs_are_means_over_seeds():
+def test_costs_are_medians_over_seeds():
     line = dict.fromkeys(results.COST_COLUMNS, 0) | {
         "model": "tiny-gpt2",
         "dataset": "embedded",
@@ -456,11 +456,12 @@ def test_costs_are_means_over_seeds():
     costs = pd.DataFrame(
         [
             line | {"seed": 0, "seconds": 10.0, "query_ratio": 1.0},
-            line | {"seed": 1, "seconds": 20.0, "query_ratio": 1.5},
+            line | {"seed": 1, "seconds": 15.0, "query_ratio": 1.25},
+            line | {"seed": 2, "seconds": 95.0, "query_ratio": 1.5},
         ]
     )
     (shown,) = tables.cost_table(costs).to_dict("records")
-    assert (shown["seeds"], shown["steps"], shown["seconds"]) == ("2", "300", "15.0")
+    assert (shown["seeds"], shown["steps"], shown["seconds"]) == ("3", "300", "15.0")
     assert shown["x none"] == "1.25"
     assert tables.cost_table(pd.DataFrame(columns=results.COST_COLUMNS)).empty
 
