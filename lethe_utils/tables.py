@@ -55,8 +55,8 @@ DROPS_CAPTION = (
 )
 
 COSTS_CAPTION = (
-    "What each defense takes, medians over seeds: trainings of its own, optimizer steps, seconds and "
-    "peak memory (GiB) of making it, milliseconds per query and their ratio to the backdoored "
+    "What each defense takes, medians over seeds: trainings of its own, optimizer steps, seconds "
+    "and peak memory (GiB) of making it, milliseconds per query and their ratio to the backdoored "
     "model's in the same run. Those that use the clean model need its line as well."
 )
 
