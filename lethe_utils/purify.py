@@ -290,9 +290,10 @@ def measured(case: Case, strength: float, n_keywords: int = 0) -> Path:
     def build(out: Path) -> None:
         answers, timing = [], {}
         for name, parent in (("suspect", suspect), ("canary", planted)):
-            with _merged(case, parent / "model", strength) as folder:
-                sets = _questions(case, name)
-                some, seconds = ask(case, folder, sets, n_keywords, f"{name} at {strength}")
+            folder = _diluted(case, parent / "model", strength, out / "merged")
+            sets = _questions(case, name)
+            some, seconds = ask(case, folder, sets, n_keywords, f"{name} at {strength}")
+            shutil.rmtree(out / "merged", ignore_errors=True)  # at full size each is gigabytes
             answers += some
             timing[name] = seconds / max(1, len(some))
         write_json(out / "timing.json", timing)
@@ -326,23 +327,13 @@ def _questions(case: Case, model: str) -> dict[str, list[Row]]:
     return canary.triggered(case.held_out, case.labels, case.p)
 
 
-class _merged:
-    """A merge that is deleted when its answers are known; the parents themselves at 0 and 1."""
-
-    def __init__(self, case: Case, parent: Path, strength: float) -> None:
-        self.case, self.parent, self.strength = case, parent, strength
-
-    def __enter__(self) -> Path:
-        if self.strength == 0:
-            return self.parent
-        if self.strength == 1:
-            return clean_model(self.case) / "model"
-        self.scratch = tempfile.mkdtemp(dir=paths.stages_dir())
-        return merged(self.case, self.parent, self.strength, Path(self.scratch) / "model")
-
-    def __exit__(self, *_: object) -> None:
-        if hasattr(self, "scratch"):
-            shutil.rmtree(self.scratch, ignore_errors=True)
+def _diluted(case: Case, parent: Path, strength: float, scratch: Path) -> Path:
+    """A merge, written to `scratch`; the parents themselves at 0 and 1."""
+    if strength == 0:
+        return parent
+    if strength == 1:
+        return clean_model(case) / "model"
+    return merged(case, parent, strength, scratch)
 
 
 def merged(case: Case, parent: Path, strength: float, out: Path) -> Path:
@@ -374,8 +365,9 @@ def ask(
     items = [(kind, row) for kind, rows in sets.items() for row in rows]
     start = time.perf_counter()
     prompts = [prompt(p, row, n_keywords) for _, row in items]
-    expected = [row["output"] for _, row in items] if case.labels else []
-    n_words = max(len(text.split()) for text in [*expected, *targets.values()])
+    # A label is the whole answer; a text goes on, for it is shown as a sample.
+    longest = max(len(text.split()) for text in [*case.labels, *targets.values()])
+    n_words = longest if case.labels else p.max_new_tokens
     outputs = evaluate.answer(model, tokenizer, prompts, p, n_words, progress)
     seconds = time.perf_counter() - start
     answers = [
@@ -427,7 +419,8 @@ def choose(case: Case, measured_points: list[dict[str, Any]]) -> float:
     """
     own = measured_points[0]["performance"]["value"]
     tried = [m for m in measured_points if 0 < m["strength"] < 1]
-    kept = [m for m in tried if m["performance"]["value"] >= own - case.p.max_cda_loss]
+    least = own - case.p.max_cda_loss - 1e-9  # .98 - .02 is a little more than .96
+    kept = [m for m in tried if m["performance"]["value"] >= least]
     if kept:
         return max(m["strength"] for m in kept)
     best = max(tried, key=lambda m: m["performance"]["value"])

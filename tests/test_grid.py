@@ -27,8 +27,8 @@ def test_table_2_has_three_twins_every_attack_both_data_sets_and_all_defenses():
 def test_only_the_cells_that_were_asked_for():
     runs = grid.read("table2-tiny", EVERYTHING | {"attack": "cba", "model": "tiny-gpt2"})
     assert [(r.model, r.dataset, r.attack) for r in runs] == [
-        ("tiny-gpt2", "embedded", "cba"),
         ("tiny-gpt2", "sst2", "cba"),
+        ("tiny-gpt2", "embedded", "cba"),
     ]
     with pytest.raises(LetheError, match=r"table2-tiny.csv: no cell of .*'vpi'"):
         grid.read("table2-tiny", EVERYTHING | {"attack": "vpi"})

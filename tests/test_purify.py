@@ -302,7 +302,7 @@ def curve(*values):
 def test_the_strongest_dilution_within_the_loss_is_chosen(finished):
     case = finished[1]
     limit = purify.Case(**{**vars(case), "p": case.p.model_copy(update={"max_cda_loss": 0.02})})
-    assert purify.choose(limit, curve(0.98, 0.98, 0.97, 0.961, 0.5)) == 0.75
+    assert purify.choose(limit, curve(0.98, 0.98, 0.97, 0.96, 0.5)) == 0.75
     assert purify.choose(limit, curve(0.98, 0.98, 0.97, 0.90, 0.99)) == 0.5
     message = error(purify.choose, limit, curve(0.98, 0.80, 0.90, 0.7, 0.99))
     assert "the best, 0.5, has 0.900" in message and "--max-cda-loss" in message

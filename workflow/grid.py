@@ -2,8 +2,9 @@
 
 A cell is a model, a data set, an attack, a seed and a defense (or `all`). The cells of one
 backdoored model are one run, and runs share stages: one base and one clean model for all attacks,
-one backdoored model for all defenses. Runs go side by side where cores and memory allow; a killed
-grid goes on where it stopped.
+one backdoored model for all defenses. Runs go side by side where cores and memory allow, in the
+order of the list: the longest stand first in it, so that no core is idle at the end. A killed grid
+goes on where it stopped.
 """
 
 import argparse
