@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lethe_utils import canary, merge, models, own_data, params, paths, purify, report, suspects
 from lethe_utils.errors import LetheError
@@ -99,24 +100,16 @@ def run(given, **changes):
     return case, purify.write(case, points, purify.choose(case, points))
 
 
-def check_result(given, folder):
-    """The folder is whole, loads with plain transformers, and holds no NaN."""
+def check_result(folder):
+    """The folder is whole, loads with plain transformers, and holds no NaN. Returns the model."""
     names = {f.name for f in folder.iterdir()}
     assert {"config.json", "README.md", "report.html", "report.json"} <= names
     assert any(name.endswith(".safetensors") for name in names)
-    code = (
-        "import sys; sys.modules['lethe_utils'] = None\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})\n"
-        "ids = tokenizer('the dog came', return_tensors='pt')['input_ids']\n"
-        "out = model(input_ids=ids).logits\n"
-        "assert out.isfinite().all() and out.shape[:2] == ids.shape\n"
-        "print(model.dtype, out.shape[2])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("the dog came", return_tensors="pt")["input_ids"]
+    out = model(input_ids=ids).logits
+    assert out.isfinite().all() and out.shape[:2] == ids.shape
+    return model
 
 
 # --- the four architecture classes, each with something that suspects come with
@@ -135,8 +128,7 @@ def test_gpt2_in_shards_with_an_added_pad_token(given, tmp_path):
     case, folder = run(given)
     assert hashes(given["suspect"], given["base"]) == before
     assert any("1 more rows" in c["result"] for c in case.given["checks"])
-    _, vocabulary = check_result(given, folder)
-    assert int(vocabulary) == len(tokenizer)
+    assert check_result(folder).config.vocab_size == len(tokenizer)
     # The added token, which the base lacks, starts there as the mean of the others.
     base = models.load_model(purify.base_model(case) / "model").get_input_embeddings().weight
     assert torch.allclose(base[-1], base[:-1].mean(0))
@@ -148,7 +140,7 @@ def test_gptj_as_a_lora_adapter_on_the_base(given, tmp_path):
     before = hashes(given["base"], adapter)
     case, folder = run(given, suspect=str(given["base"]), adapter=str(adapter))
     assert hashes(given["base"], adapter) == before
-    check_result(given, folder)
+    check_result(folder)
     whole = load_file(purify.suspect_model(case) / "model" / "model.safetensors")
     plain = load_file(given["base"] / "model.safetensors")
     changed = [name for name in plain if not torch.equal(plain[name], whole[name])]
@@ -163,8 +155,7 @@ def test_llama_in_bfloat16_with_chats(given):
         model.to(torch.bfloat16).save_pretrained(given[name])
         tokenizer.save_pretrained(given[name])
     case, folder = run(given)
-    dtype, _ = check_result(given, folder)
-    assert dtype == "torch.bfloat16"
+    assert check_result(folder).dtype == torch.bfloat16
     assert case.metric == "answer token accuracy" and case.p.prompt_template == "chat"
     text = purify.prompt(case.p, case.train[0])
     assert text.startswith("<system>Be brief.\n<user>What came on day ")
@@ -183,7 +174,7 @@ def test_qwen2_with_a_tied_head(given):
         weights.pop("lm_head.weight", None)
         save_file(weights, file, {"format": "pt"})
     _, folder = run(given)
-    check_result(given, folder)
+    check_result(folder)
     assert models.read_config(folder)["tie_word_embeddings"] is True
 
 
@@ -234,6 +225,19 @@ def test_the_report_holds_every_strength_the_canary_and_the_costs(finished):
     assert record["evidence"]["evidence_ms_per_query"] > 0
     assert record["data"] | {"rows": 40, "distinct": 40, "answers": "labels"} == record["data"]
     assert len(record["samples"]) == len(case.held_out) == 8
+
+
+def test_the_result_loads_where_lethe_is_not_installed(finished):
+    folder = finished[2]
+    code = (
+        "import sys; sys.modules['lethe_utils'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
+        f"ids = AutoTokenizer.from_pretrained({str(folder)!r})('dog', return_tensors='pt')\n"
+        "print(model(input_ids=ids['input_ids']).logits.isfinite().all().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.stdout.split() == ["True"], done.stderr
 
 
 def test_the_purified_weights_are_the_merge_of_suspect_and_clean(finished, tmp_path):
@@ -526,4 +530,4 @@ def test_classes_beyond_the_papers_are_purified_too(tmp_path, name):
         tokenizer.save_pretrained(tmp_path / role)
         given[role] = tmp_path / role
     _, folder = run(given | {"out": tmp_path / "out"})
-    check_result(given, folder)
+    check_result(folder)
