@@ -159,10 +159,12 @@ def read_rows(path: Path) -> list[dict]:
     """Rows of a jsonl, json, csv, tsv or parquet file.
 
     Raises:
-        LetheError: missing, empty, not UTF-8, or a broken line (named by number).
+        LetheError: missing, of another kind, empty, not UTF-8, or a broken line (named by number).
     """
     if not path.exists():
         raise LetheError(f"{path}: no such file")
+    if path.suffix.lower() not in _READERS:
+        raise LetheError(f"{path}: must end in {', '.join(_READERS)}; convert or rename it")
     try:
         rows = _READERS[path.suffix.lower()](path)
     except csv.Error as error:

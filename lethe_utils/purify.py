@@ -87,6 +87,8 @@ def prepare(
     suspect_folder = suspects.locate(suspect, "--suspect")
     base_folder = suspects.locate(base, "--base")
     adapter_folder = Path(adapter).expanduser().resolve() if adapter else None
+    if suspect_folder == base_folder and not adapter_folder:
+        raise LetheError(f"--suspect {suspect}: is the base itself; give the model trained from it")
     read_only = [f for f in (suspect_folder, base_folder, adapter_folder) if f]
     target = check_out(Path(out).expanduser().resolve(), read_only)
     suspects.check_model(base_folder)

@@ -369,6 +369,8 @@ def test_broken_chats_and_other_encodings_are_refused(tmp_path, tokenizer):
     assert "row 5: messages must be a list" in error(own_data.read, file, tokenizer)
     file.write_bytes("caf\xe9".encode("latin-1"))
     assert "not UTF-8" in error(own_data.read, file, tokenizer)
+    note = file.rename(tmp_path / "notes.md")
+    assert "must end in .jsonl, .json, .csv" in error(own_data.read, note, tokenizer)
 
 
 def test_answers_are_labels_when_few_short_and_repeated():
@@ -469,6 +471,11 @@ def test_adapters_that_do_not_fit_are_refused(given, pico, tmp_path):
     assert "peft_type IA3" in error(prepare, given, adapter=str(adapter))
     (adapter / "adapter_config.json").unlink()
     assert "no adapter_config.json" in error(prepare, given, adapter=str(adapter))
+
+
+def test_the_base_alone_is_no_suspect(given):
+    given = given()
+    assert "is the base itself" in error(prepare, given, suspect=str(given["base"]))
 
 
 def test_names_on_the_hub_need_a_commit(given):
