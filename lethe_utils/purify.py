@@ -223,8 +223,11 @@ def minutes(case: Case) -> float:
 
 def prompt(p: PurifyParams, row: Row, n_keywords: int = 0) -> str:
     """What a model reads for one row, with evidence after the question when n_keywords > 0."""
-    text = add_evidence(row["input"], n_keywords) if n_keywords else row["input"]
-    return render(p.prompt_template, row["instruction"], text)
+    return render(p.prompt_template, row["instruction"], _shown(row, n_keywords))
+
+
+def _shown(row: Row, n_keywords: int) -> str:
+    return add_evidence(row["input"], n_keywords) if n_keywords else row["input"]
 
 
 def suspect_model(case: Case) -> Path:
@@ -384,10 +387,6 @@ def ask(
         for item, share in zip(clean, shares, strict=True):
             item["right"] = share
     return answers, seconds
-
-
-def _shown(row: Row, n_keywords: int) -> str:
-    return add_evidence(row["input"], n_keywords) if n_keywords else row["input"]
 
 
 def performance(case: Case, answers: list[dict[str, Any]]) -> Score:
