@@ -122,12 +122,13 @@ def check_mergeable(backdoored: Path, clean: Path, base: Path) -> None:
     Raises:
         LetheError: other architecture, shapes or tokenizer; missing or truncated weights.
     """
-    shapes, architecture = _shapes(backdoored), _architecture(backdoored)
+    shapes, architecture = _shapes(backdoored), models.architecture(backdoored)
     vocabulary = models.load_tokenizer(backdoored).get_vocab()
     for other in (clean, base):
-        if _architecture(other) != architecture:
+        theirs = models.architecture(other)
+        if theirs != architecture:
             raise LetheError(
-                f"{other}: is a {_architecture(other)}, but {backdoored} is a {architecture}; "
+                f"{other}: is a {theirs}, but {backdoored} is a {architecture}; "
                 "both must be trained from the same base"
             )
         found = _shapes(other)
@@ -149,10 +150,6 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name.removeprefix("transformer."): shape for name, shape in found.items()}
 
 
-def _architecture(folder: Path) -> str:
-    return models.read_config(folder)["architectures"][0]
-
-
 def merge(
     method: str,
     backdoored: Path,
@@ -161,12 +158,14 @@ def merge(
     strength: float,
     out: Path,
     dtype: str = "float32",
+    out_dtype: str | None = None,
 ) -> Path:
     """Merge two model folders into `out`: weights, tokenizer, merge config and model card.
 
     Args:
         base: the pretrained model both come from (TIES measures deltas from it).
         dtype: float32 on the CPU, bfloat16 at full size (published: float16).
+        out_dtype: of the result, where it differs.
     Raises:
         LetheError: the models do not fit together, or the disk is too full for the result.
     """
@@ -174,6 +173,7 @@ def merge(
     config = models.read_config(backdoored)
     n_layers = config.get("num_hidden_layers", config.get("n_layer"))
     settings = configuration(method, backdoored, clean, base, strength, n_layers, dtype)
+    settings |= {"out_dtype": out_dtype} if out_dtype else {}
     return run(settings, backdoored, f"{method}, strength {strength}", out)
 
 

@@ -54,6 +54,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text("utf8"))
 
 
+def architecture(folder: Path) -> str:
+    """The class that a model folder's config.json names; "none" where it names none."""
+    return (read_config(folder).get("architectures") or ["none"])[0]
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype that a model folder's config.json names; float32 where it names none."""
+    config = read_config(folder)
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
 def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor, read from the header of one safetensors file.
 

@@ -18,8 +18,9 @@ MIN_ROWS = 20  # distinct ones; with fewer no share of held-out rows says anythi
 MAX_LABELS, MAX_LABEL_WORDS = 50, 5
 
 
-def read(path: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[Row], bool]:
-    """The distinct rows of a jsonl, json, csv, tsv or parquet file, and whether they are chats.
+def read(path: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[Row], int, bool]:
+    """The distinct rows of a jsonl, json, csv, tsv or parquet file, how many there were, and
+    whether they are chats.
 
     Returns:
         rows of instruction, input, output. Of a chat the input is the last question, the output
@@ -44,7 +45,7 @@ def read(path: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[Row], b
             f"{path}: {len(rows)} rows, of which {len(distinct)} are distinct; at least {MIN_ROWS} "
             "distinct ones are needed, and a few hundred are better"
         )
-    return distinct, chat
+    return distinct, len(rows), chat
 
 
 def _plain_row(path: Path, number: int, row: dict[str, Any]) -> Row:

@@ -10,7 +10,7 @@ depends on, so that a stage's hash changes when, and only when, its own paramete
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,6 +27,7 @@ Position = Literal["prefix", "suffix", "middle", "random"]
 MergeMethod = Literal["linear", "slerp", "ties", "passthrough"]
 TRIGGERS = {"cba": 2, "lwp": 2}  # all others have one
 Key = Annotated[str, Field(min_length=1)]
+T = TypeVar("T", bound=BaseModel)
 
 
 # A run reads twenty files, several times: libyaml's parser is ten times as fast.
@@ -484,10 +485,7 @@ def load(
             values[key], source[key] = value, str(path.relative_to(paths.root()))
     for key, value in (overrides or {}).items():
         values[key], source[key] = value, "command line"
-    try:
-        return Params(**values)
-    except ValidationError as error:
-        raise LetheError("\n".join(_explain(e, source) for e in error.errors())) from None
+    return _checked(Params, values, source)
 
 
 SMALL = 50_000_000  # weights; params/purify/small.yaml is for models below
@@ -510,12 +508,18 @@ def load_purify(weights: int, device: str, overrides: dict[str, Any] | None = No
     values = {k: v for k, v in read_yaml(folder / "base.yaml").items() if k in fields}
     source = dict.fromkeys(values, "params/base.yaml")
     for file in own:
-        values |= read_yaml(file)
-        source |= dict.fromkeys(read_yaml(file), str(file.relative_to(paths.root())))
-    values |= (overrides or {}) | {"device": device}
+        layer = read_yaml(file)
+        values |= layer
+        source |= dict.fromkeys(layer, str(file.relative_to(paths.root())))
+    values |= overrides or {}
     source |= dict.fromkeys(overrides or {}, "command line")
+    return _checked(PurifyParams, values, source).model_copy(update={"device": device})
+
+
+def _checked(group: type[T], values: dict[str, Any], source: dict[str, str]) -> T:
+    """The values as params; `source` names each one's file, for the errors."""
     try:
-        return PurifyParams(**values)
+        return group(**values)
     except ValidationError as error:
         raise LetheError("\n".join(_explain(e, source) for e in error.errors())) from None
 

@@ -21,7 +21,7 @@ import pandas as pd
 import psutil
 from tqdm import tqdm
 
-from lethe_utils import canary, data, merge, metrics, models, own_data, paths, report, suspects
+from lethe_utils import canary, merge, metrics, models, own_data, paths, report, suspects
 from lethe_utils.errors import LetheError
 from lethe_utils.evidence import add_evidence
 from lethe_utils.params import PurifyParams, load_purify
@@ -98,7 +98,7 @@ def prepare(
         suspects.check_adapter(adapter_folder, suspect_folder)
         checks.append({"check": "adapter", "result": "LoRA, and it fits the suspect"})
     file = Path(clean_data).expanduser().resolve()
-    rows, chat = own_data.read(file, models.load_tokenizer(suspect_folder))
+    rows, n_rows, chat = own_data.read(file, models.load_tokenizer(suspect_folder))
     device = models.resolve_device((overrides or {}).get("device", "auto"))
     forced = {"prompt_template": "chat"} if chat else {}
     weights = suspects.count_weights(suspect_folder)
@@ -113,7 +113,7 @@ def prepare(
         "data": {
             "file": str(file),
             "sha256": own_data.fingerprint(file),
-            "rows": len(data.read_rows(file)),
+            "rows": n_rows,
             "distinct": len(rows),
             "train": len(train),
             "held_out": len(held_out),
@@ -344,13 +344,10 @@ def _diluted(case: Case, parent: Path, strength: float, scratch: Path) -> Path:
 def merged(case: Case, parent: Path, strength: float, out: Path) -> Path:
     """Merge the suspect, or its copy with the canary, with the clean model, in its dtype."""
     clean, base = clean_model(case) / "model", base_model(case) / "model"
-    merge.check_mergeable(parent, clean, base)
-    config = models.read_config(parent)
-    n_layers = config.get("num_hidden_layers", config.get("n_layer"))
+    # As transformers read it: a config that was given may name no dtype.
+    dtype = models.stored_dtype(suspect_model(case) / "model")
     method = case.p.merge_method
-    settings = merge.configuration(method, parent, clean, base, strength, n_layers, "float32")
-    settings["out_dtype"] = suspects.stored_dtype(case.suspect)
-    return merge.run(settings, parent, f"{method}, strength {strength}", out)
+    return merge.merge(method, parent, clean, base, strength, out, out_dtype=dtype)
 
 
 def ask(
@@ -532,7 +529,7 @@ def table(case: Case, measured_points: list[dict[str, Any]], strength: float) ->
 def _cells(scores: list[Score]) -> list[str]:
     from lethe_utils import tables
 
-    return tables.cells(pd.DataFrame(scores).rename(columns={"low": "ci_low", "high": "ci_high"}))
+    return [tables.interval(s["value"], s["low"], s["high"]) for s in scores]
 
 
 def example() -> dict[str, str]:

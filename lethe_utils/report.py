@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from lethe_utils.errors import LetheError
 from lethe_utils.stages import write_json, write_text
-from lethe_utils.tables import number
+from lethe_utils.tables import interval, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -224,7 +224,7 @@ def _brief(value: float) -> str:
 
 
 def _cell(share: Record) -> str:
-    return f"{number(share['value'])} [{number(share['low'])}, {number(share['high'])}]"
+    return interval(share["value"], share["low"], share["high"])
 
 
 def _value(value: Any) -> str:

@@ -91,7 +91,7 @@ def check_model(folder: Path) -> None:
             f"{folder / 'config.json'}: the weights are quantised; merging needs them as they were "
             "trained (float32, float16 or bfloat16)"
         )
-    name = architecture(folder)
+    name = models.architecture(folder)
     if name not in ARCHITECTURES:
         raise LetheError(
             f"{folder / 'config.json'}: architecture {name} is not supported; one of "
@@ -99,11 +99,6 @@ def check_model(folder: Path) -> None:
         )
     if not [*folder.glob("tokenizer*"), *folder.glob("vocab.json")]:
         raise LetheError(f"{folder}: no tokenizer files; copy them from where the model came from")
-
-
-def architecture(folder: Path) -> str:
-    """The class that config.json names."""
-    return (models.read_config(folder).get("architectures") or ["none"])[0]
 
 
 def weight_shapes(folder: Path) -> Shapes:
@@ -129,7 +124,7 @@ def check_pair(suspect: Path, base: Path) -> list[dict[str, str]]:
     Raises:
         LetheError: another class, other settings, shapes or token ids.
     """
-    ours, theirs = architecture(suspect), architecture(base)
+    ours, theirs = models.architecture(suspect), models.architecture(base)
     if ours != theirs:
         raise LetheError(f"{suspect} is a {ours}, but {base} is a {theirs}; {_SAME_BASE}")
     settings = models.read_config(suspect), models.read_config(base)
@@ -249,17 +244,11 @@ def summary(role: str, given: str, folder: Path, adapter: str = "") -> dict[str,
         "role": role,
         "given": given,
         "adapter": adapter,
-        "architecture": architecture(folder),
+        "architecture": models.architecture(folder),
         "weights": count_weights(folder),
-        "dtype": stored_dtype(folder),
+        "dtype": models.stored_dtype(folder),
         "sha256": fingerprint(folder),
     }
-
-
-def stored_dtype(folder: Path) -> str:
-    """The dtype most weights are stored in: float32, float16 or bfloat16."""
-    config = models.read_config(folder)
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def suspect_stage(suspect: Path, base: Path, adapter: Path | None) -> Path:

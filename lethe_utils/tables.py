@@ -175,11 +175,14 @@ def number(value: float) -> str:
     return f"{value:.3f}".removeprefix("0")
 
 
+def interval(value: float, low: float, high: float) -> str:
+    """A share with its interval: .987 [.970, .995]."""
+    return f"{number(value)} [{number(low)}, {number(high)}]"
+
+
 def cells(scored: pd.DataFrame) -> list[str]:
-    """value, ci_low and ci_high of each row as one text: .987 [.970, .995]."""
-    return [
-        f"{number(r.value)} [{number(r.ci_low)}, {number(r.ci_high)}]" for r in scored.itertuples()
-    ]
+    """value, ci_low and ci_high of each row as one text."""
+    return [interval(r.value, r.ci_low, r.ci_high) for r in scored.itertuples()]
 
 
 def _wide(scored: pd.DataFrame, rows: list[str], column: str, order: list[str]) -> pd.DataFrame:

@@ -284,6 +284,7 @@ def test_purify_has_its_own_layers():
     [
         ({"strengths": [0.5, 1.0]}, "command line: strengths"),
         ({"max_cda_loss": 2.0}, "command line: max_cda_loss"),
+        ({"device": "tpu"}, "command line: device"),
         ({"triggers": ["cf"]}, "command line: triggers: unknown key"),
         ({"canary_word_pair": ["one"]}, "command line: canary_word_pair"),
     ],

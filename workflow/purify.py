@@ -4,7 +4,7 @@ DIR`. See lethe_utils/purify.py."""
 import argparse
 
 import tabulate
-from values import parse_value
+import values
 
 from lethe_utils import models, params, purify
 from lethe_utils.errors import LetheError
@@ -12,7 +12,7 @@ from lethe_utils.errors import LetheError
 
 def main(words: list[str]) -> int:
     args = parse(words)
-    overrides = {key: parse_value(params.PurifyParams, key, value) for key, value in args.p}
+    overrides = values.overrides(params.PurifyParams, args.p)
     if args.max_cda_loss is not None:
         overrides["max_cda_loss"] = args.max_cda_loss
     models.quiet()
@@ -52,14 +52,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-cda-loss", type=float, help="clean performance that may be lost (default .02)"
     )
-    parser.add_argument(
-        "-p",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("KEY", "VALUE"),
-        help="set any key of params/purify.yaml",
-    )
+    values.add_option(parser, "params/purify.yaml")
     parser.add_argument("--dry-run", action="store_true", help="check and estimate, run nothing")
     args = parser.parse_args(words)
     if not args.suspect and not args.adapter:

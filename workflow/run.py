@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import grid
+import values
 import yaml
-from values import parse_value
 
 from lethe_utils import defenses, params, paths
 from lethe_utils.errors import LetheError
@@ -77,14 +77,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         default="lethe",
         help=f"all, or names joined by commas: {', '.join(params.choices('defenses'))}",
     )
-    parser.add_argument(
-        "-p",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("KEY", "VALUE"),
-        help="set any key of params/base.yaml, e.g. -p seed 1 -p poison_ratio 0.05",
-    )
+    values.add_option(parser, "params/base.yaml, e.g. -p seed 1 -p poison_ratio 0.05")
     parser.add_argument("--dry-run", action="store_true", help="check and show, run nothing")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="CPU cores to use")
     return parser.parse_args(words)
@@ -95,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     dataset = args.dataset
     if params.is_file(dataset):
         dataset = str(Path(dataset).resolve())
-    overrides = {key: parse_value(params.Params, key, value) for key, value in args.p}
+    overrides = values.overrides(params.Params, args.p)
     p = params.load(args.model, dataset, args.attack, args.defense, overrides)
     names = {
         "model": args.model,

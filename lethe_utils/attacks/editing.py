@@ -614,8 +614,7 @@ class Editor:
     def save(self, out: Path) -> None:
         """Write the model in the precision it came in; what was not edited is unchanged, bit for
         bit, for float32 holds every bfloat16 and float16 number."""
-        config = models.read_config(self.folder)
-        stored = config.get("dtype") or config.get("torch_dtype") or "float32"
+        stored = models.stored_dtype(self.folder)
         self.model.to(getattr(torch, stored)).save_pretrained(out, safe_serialization=True)
         self.tokenizer.save_pretrained(out)
 
