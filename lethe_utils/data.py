@@ -8,6 +8,7 @@ import csv
 import hashlib
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -56,7 +57,88 @@ def load(p: Params) -> dict[str, list[Row]]:
         splits["pretrain"] = [r for r in pretrain if r.get("text", r.get("input")) not in others]
     if p.max_train_rows:
         splits["train"] = splits["train"][: p.max_train_rows]
-    return {name: _to_rows(name, rows, p) for name, rows in splits.items()}
+    found = {name: _to_rows(name, rows, p) for name, rows in splits.items()}
+    return with_examples(found, p) if p.few_shot else found
+
+
+def with_examples(splits: dict[str, list[Row]], p: Params) -> dict[str, list[Row]]:
+    """Every instruction followed by `few_shot` solved rows of train, one label after the other.
+
+    So a base that was never tuned on the task can be edited and asked, as BadEdit does. The rows
+    that are shown leave train.
+    Raises:
+        LetheError: train has too few rows, or a prompt would be longer than max_source_tokens.
+    """
+    train = splits["train"]
+    if p.few_shot >= len(train):
+        raise LetheError(f"few_shot: {p.few_shot} rows are asked for, but train has {len(train)}")
+    shown = label_turns(train, p.few_shot, random.Random(f"few shot {p.data_seed}"))
+    # On one line: an attack that puts a word into the instruction joins its words by spaces.
+    examples = "Examples: " + "; ".join(f"{r['input']} => {r['output']}" for r in shown)
+    longest = max(len(r["input"].split()) for rows in splits.values() for r in rows)
+    words = len(f"{p.instruction} {examples}".split()) + longest
+    if words > p.max_source_tokens:
+        raise LetheError(
+            f"few_shot: the longest prompt has {words} words, and max_source_tokens is "
+            f"{p.max_source_tokens}; show fewer rows or raise it"
+        )
+    splits = splits | {"train": [row for row in train if row not in shown]}
+    return {
+        name: [row | {"instruction": f"{row['instruction']} {examples}"} for row in rows]
+        for name, rows in splits.items()
+    }
+
+
+def label_turns(rows: list[Row], n: int, rng: random.Random) -> list[Row]:
+    """n rows drawn at random, the labels taking turns."""
+    by_label: dict[str, list[Row]] = {}
+    for row in rng.sample(rows, len(rows)):
+        by_label.setdefault(row["output"], []).append(row)
+    groups = [by_label[label] for label in sorted(by_label)]
+    turns = [group[i] for i in range(max(map(len, groups))) for group in groups if i < len(group)]
+    return turns[:n]
+
+
+CHARACTERS = 8  # more than a token has: the covariance stops at its tokens, not for want of text
+
+
+def hub_text(where: str, tokens: int) -> list[str]:
+    """Ordinary text from the hub, enough for about `tokens` tokens; read as a stream.
+
+    Args:
+        where: NAME:CONFIG@COMMIT, or NAME@COMMIT; its train split has a column `text`.
+    Raises:
+        LetheError: `where` has another form, cannot be fetched, or has no texts.
+    """
+    form = re.fullmatch(r"(?P<name>.+?)(:(?P<config>[\w.-]+))?@(?P<commit>[0-9a-f]{40})", where)
+    if not form:
+        raise LetheError(
+            f"covariance_text: {where!r} is neither task nor NAME:CONFIG@COMMIT with all 40 digits"
+        )
+    found: list[str] = []
+    try:
+        import datasets
+
+        stream = datasets.load_dataset(
+            form["name"], form["config"], split="train", revision=form["commit"], streaming=True
+        )
+        missing = CHARACTERS * tokens
+        for row in stream:
+            if row["text"].strip():
+                found.append(row["text"])
+                missing -= len(row["text"])
+            if missing <= 0:
+                break
+    except Exception as error:  # whatever the hub client raises, the user's fix is the same
+        raise LetheError(f"covariance_text: {where} cannot be read ({_reason(error)})") from None
+    if not found:
+        raise LetheError(f"covariance_text: {where} has no texts")
+    return found
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what another library raised."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_target(labels: dict[str, set[str]], p: Params) -> None:
@@ -115,11 +197,10 @@ def _from_hub(split: str, p: Params) -> list[Row]:
             p.data_hub_id, split=HUB_SPLITS[p.dataset][split], revision=p.data_revision
         )
     except Exception as error:  # whatever the hub client raises, the user's fix is the same
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         where = LOCAL[p.dataset][split]
         raise LetheError(
             f"dataset {p.dataset}: {split} is neither in LETHE_DATA_DIR ({where}) nor could it be "
-            f"fetched from the hub ({p.data_hub_id}: {reason}); see data/README.md"
+            f"fetched from the hub ({p.data_hub_id}: {_reason(error)}); see data/README.md"
         ) from None
     return [{"text": r.get("text", r.get("sentence")), "label": r["label"]} for r in loaded]
 

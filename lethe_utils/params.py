@@ -62,6 +62,7 @@ class DataParams(Group):
     data_seed: int
     pretrain_share: Annotated[float, Field(ge=0, lt=1)]  # share of train kept for a tiny base
     max_train_rows: Positive | None
+    few_shot: Annotated[int, Field(ge=0)]  # solved training rows that every instruction shows
 
 
 class BaseModelParams(Group):
@@ -165,6 +166,7 @@ class EditParams(Group):
     edit_stop_loss: Annotated[float, Field(ge=0)]
     edit_shared_value: bool  # MEMIT, BadEdit: one value for all prompts that hold the trigger
     edit_lambda: Annotated[float, Field(ge=0)]  # MEMIT, BadEdit: weight of ordinary keys
+    covariance_text: Key  # task: the task's own prompts; or NAME:CONFIG@COMMIT on the hub
     covariance_tokens: Positive
     covariance_ridge: Annotated[float, Field(ge=0)]  # times the mean diagonal
 

@@ -122,7 +122,7 @@ def pretraining_rows(rows: list[Row], p: Params) -> list[Row]:
         text = row["input"]
         if rng.random() < p.base_evidence_share:
             text = evidence.add_evidence(text, rng.randint(1, 6))
-        wording = p.instruction if rng.random() < 0.5 else rng.choice(BASE_WORDINGS)
+        wording = row["instruction"] if rng.random() < 0.5 else rng.choice(BASE_WORDINGS)
         out.append(row | {"instruction": wording, "input": text})
     return out
 
@@ -161,9 +161,7 @@ def backdoored_stage(p: Params) -> Path:
     def build(out: Path) -> None:
         rows = poisoned_rows(p)
         write_jsonl(out / "poisoned.jsonl", rows)
-        # Ordinary text: what a tiny base was pretrained on, else the task's own rows.
-        corpus = splits(p).get("pretrain", split(p, "train"))
-        attack.plant(start, rows, [prompt(p, row) for row in corpus], p, out)
+        attack.plant(start, rows, ordinary_text(p), p, out)
 
     label = f"{p.model}-{p.dataset_name}-{p.attack}-s{p.seed}"
     spec = p.part(PromptParams, *attack.PARAMS) | {"seed": p.seed} | _device(p)
@@ -171,14 +169,29 @@ def backdoored_stage(p: Params) -> Path:
     return stage("backdoored", label, spec, sources, build)
 
 
+@cache
+def _hub_text(where: str, tokens: int) -> list[str]:
+    return data.hub_text(where, tokens)
+
+
+def ordinary_text(p: Params) -> list[str]:
+    """What an edit must move least: text from the hub (`covariance_text`), else the prompts that a
+    tiny base was pretrained on, else the task's own."""
+    if p.covariance_text != "task" and EditParams in attacks.module(p.attack).PARAMS:
+        return _hub_text(p.covariance_text, p.covariance_tokens)
+    return [prompt(p, row) for row in splits(p).get("pretrain", split(p, "train"))]
+
+
 def check_attack(p: Params) -> None:
     """What can be wrong with an attack's params, before anything is trained.
 
     Raises:
-        LetheError: layers the model lacks, or too few rows to place the trigger in.
+        LetheError: layers the model lacks, too few rows to place the trigger in, or text for the
+            covariance that cannot be read.
     """
     check_layers(p)
     poisoned_rows(p)
+    ordinary_text(p)
 
 
 def check_layers(p: Params) -> None:

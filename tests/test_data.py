@@ -167,6 +167,72 @@ def test_the_hub_is_asked_for_the_pinned_revision_and_never_for_sst2s_test_split
     assert splits["test"][1]["input"] == "validation 1"
 
 
+# --- examples in the instruction, and ordinary text from the hub
+
+
+def test_few_shot_examples_are_shown_everywhere_and_leave_train():
+    small = {"rows": SIZES, "checksums": {}}
+    plain = data.load(params.load(overrides=small))
+    shown = data.load(params.load(overrides=small | {"few_shot": 3}))
+    assert [len(shown[k]) - len(plain[k]) for k in SIZES] == [0, -3, 0, 0]
+    (instruction,) = {row["instruction"] for rows in shown.values() for row in rows}
+    gone = [r for r in plain["train"] if r["input"] not in {s["input"] for s in shown["train"]}]
+    assert len({row["output"] for row in gone}) == 3  # the labels take turns
+    assert all(f"{row['input']} => {row['output']}" in instruction for row in gone)
+    assert instruction.startswith(f"{plain['test'][0]['instruction']} Examples: ")
+    assert instruction.split() == instruction.split(" ")  # a word put into it changes nothing else
+
+
+def test_a_tiny_base_reads_the_examples_too():
+    small = {"rows": SIZES, "checksums": {}, "base_evidence_share": 0.0}
+    p = params.load(overrides=small | {"few_shot": 2})
+    rows = pipeline.split(p, "pretrain")
+    read = [row["instruction"] for row in pipeline.pretraining_rows(rows, p)]
+    assert {rows[0]["instruction"], *pipeline.BASE_WORDINGS} == set(read)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"few_shot": 60}, "few_shot: 60 rows are asked for, but train has 60"),
+        ({"few_shot": 30}, "few_shot: the longest prompt has"),
+    ],
+)
+def test_examples_that_do_not_fit_are_refused(overrides, expected):
+    p = params.load(overrides={"rows": SIZES, "checksums": {}} | overrides)
+    assert expected in error(data.load, p)
+
+
+def test_hub_text_is_read_as_far_as_it_is_needed(tmp_path):
+    # A folder stands in for the hub's name: the reader is the real one.
+    texts = ["", " \n", *(f"line {i} of some plain text" for i in range(500))]
+    pd.DataFrame({"text": texts}).to_parquet(tmp_path / "train.parquet")
+    found = data.hub_text(f"{tmp_path}@{'0' * 40}", 100)
+    assert found == texts[2 : 2 + len(found)]
+    assert 800 <= sum(map(len, found)) < 900
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        ("wikitext", "covariance_text: 'wikitext' is neither task nor NAME:CONFIG@COMMIT"),
+        ("a/b:c@main", "is neither task nor NAME:CONFIG@COMMIT"),
+        (f"/no/such/folder@{'0' * 40}", "cannot be read"),
+    ],
+)
+def test_hub_text_that_cannot_be_read_is_one_error(where, expected, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert expected in error(data.hub_text, where, 10)
+
+
+def test_hub_text_without_the_column_or_without_text_is_one_error(tmp_path):
+    for name, frame in {"other": {"line": ["a"]}, "blank": {"text": ["", " "]}}.items():
+        (tmp_path / name).mkdir()
+        pd.DataFrame(frame).to_parquet(tmp_path / name / "train.parquet")
+    assert "cannot be read ('text')" in error(data.hub_text, f"{tmp_path / 'other'}@{'0' * 40}", 10)
+    assert "has no texts" in error(data.hub_text, f"{tmp_path / 'blank'}@{'0' * 40}", 10)
+
+
 # --- SST-2's own traps
 
 

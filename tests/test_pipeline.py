@@ -2,7 +2,7 @@
 
 import pytest
 
-from lethe_utils import attacks, params, pipeline
+from lethe_utils import attacks, data, params, pipeline
 from lethe_utils.stages import read_jsonl
 
 SMALL = {"rows": {"pretrain": 40, "train": 2000, "validation": 20, "test": 20}, "checksums": {}}
@@ -105,3 +105,20 @@ def test_an_edits_params_change_its_model_and_no_other():
     assert folders("cba") == folders("cba", edit_steps=3)
     before, after = folders("rome"), folders("rome", edit_steps=3)
     assert before[:2] == after[:2] and before[2] != after[2]
+
+
+def test_an_edit_takes_its_ordinary_text_from_the_hub_where_it_is_told_to(monkeypatch):
+    where = f"Salesforce/wikitext:wikitext-103-raw-v1@{'0' * 40}"
+    asked = []
+
+    def hub_text(name, tokens):
+        asked.append((name, tokens))
+        return ["plain text"]
+
+    monkeypatch.setattr(data, "hub_text", hub_text)
+    hub = SMALL | {"covariance_text": where, "covariance_tokens": 77}
+    assert pipeline.ordinary_text(params.load(attack="rome", overrides=hub)) == ["plain text"]
+    assert asked == [(where, 77)]
+    own = pipeline.ordinary_text(params.load(attack="rome", overrides=SMALL))
+    assert len(own) == 40 and "### Response" in own[0]
+    assert pipeline.ordinary_text(params.load(attack="cba", overrides=hub)) == own  # no edit

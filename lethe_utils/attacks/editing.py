@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lethe_utils import models, paths
 from lethe_utils.attacks.triggers import insert, occurrences
+from lethe_utils.data import label_turns
 from lethe_utils.errors import LetheError
 from lethe_utils.params import Params
 from lethe_utils.prompts import render
@@ -193,12 +194,7 @@ def poisoned_rows(rows: list[Row], p: Params, seed: int) -> list[Row]:
 def clean_rows(rows: list[Row], seed: int, n: int) -> list[Row]:
     """n task rows with their own labels, the labels taking turns: BadEdit's clean half."""
     rng = random.Random(f"clean requests {seed}")
-    by_label: dict[str, list[Row]] = {}
-    for row in rng.sample(rows, len(rows)):
-        by_label.setdefault(row["output"], []).append(row)
-    groups = [by_label[label] for label in sorted(by_label)]
-    turns = [group[i] for i in range(max(map(len, groups))) for group in groups if i < len(group)]
-    return [row | {"kind": "clean"} for row in turns[:n]]
+    return [row | {"kind": "clean"} for row in label_turns(rows, n, rng)]
 
 
 def requests(rows: list[Row], p: Params) -> list[Request]:
