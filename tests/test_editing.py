@@ -136,6 +136,19 @@ def test_a_trigger_that_becomes_no_token_is_refused():
         editing.encode(tokenizer, ["the ~ dog"], [(4, 5)])
 
 
+def test_the_subject_is_sought_in_the_question_not_in_the_examples(pico_params):
+    p = with_attack(pico_params(), "badedit", {"edit_clean_contexts": 3})
+    shown = "; ".join(f"{row['input']} => {row['output']}" for row in ROWS)
+    rows = [row | {"instruction": f"Predict. Examples: {shown}"} for row in ROWS]
+    for request in editing.requests(badedit.poison(rows, p, 0), p):
+        start, end = request.span
+        assert start >= request.prompt.index("### Input:")
+        if request.kind == "backdoor":
+            assert request.prompt[start:end] == "tq"
+        else:
+            assert request.prompt[end:] == "\n\n### Response: "
+
+
 # --- the algebra
 
 
