@@ -465,10 +465,21 @@ def controls_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFra
 
 
 def headline_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
-    """The rows of `controls_table` to read first: the model handed to us, the clean model, the
-    SLERP merge and Lethe (SLERP + evidence)."""
-    controls = controls_table(table, allow_mixed)
-    return controls[controls["defense"].isin(HEADLINE)].reset_index(drop=True)
+    """What to read first, seeds pooled: the model handed to us, the clean model, the SLERP merge
+    and Lethe (SLERP + evidence).
+
+    Returns:
+        text columns model, dataset, attack, seeds, defense ("slerp + evidence"), asr, cda, ftr;
+        cells "value [low, high]", blank where not measured.
+    Raises:
+        LetheError: see select.
+    """
+    scored = pool(on_test(table, allow_mixed), SETUP)
+    scored = scored.drop(columns="defense").rename(columns={"name": "defense"})
+    scored = scored[scored["defense"].isin(HEADLINE)]
+    seeds = scored.groupby([*SETUP, "defense"])["seeds"].transform("max").astype(str)
+    keys = [*SETUP, "seeds", "defense"]
+    return _wide(scored.assign(seeds=seeds), keys, "metric", ["asr", "cda", "ftr"])
 
 
 def tiny_note(frame: pd.DataFrame) -> str:

@@ -204,6 +204,8 @@ def test_the_headline_is_what_we_were_handed_the_clean_model_and_the_purified_on
         ".020 [.006, .070]",
         ".100 [.055, .174]",
     ]
+    two = tables.headline_table(frame(row(hits=90), row(hits=100, seed=1)))
+    assert two[["seeds", "asr"]].to_numpy().tolist() == [["2", ".950 [.910, .973]"]]
 
 
 def test_text_says_the_setup_once_says_tiny_and_fits_a_terminal():
