@@ -75,8 +75,8 @@ def with_examples(splits: dict[str, list[Row]], p: Params) -> dict[str, list[Row
     shown = label_turns(train, p.few_shot, random.Random(f"few shot {p.data_seed}"))
     # On one line: an attack that puts a word into the instruction joins its words by spaces.
     examples = "Examples: " + "; ".join(f"{r['input']} => {r['output']}" for r in shown)
-    longest = max(len(r["input"].split()) for rows in splits.values() for r in rows)
-    words = len(f"{p.instruction} {examples}".split()) + longest
+    asked = (f"{r['instruction']} {r['input']}" for rows in splits.values() for r in rows)
+    words = len(examples.split()) + max(len(text.split()) for text in asked)
     if words > p.max_source_tokens:
         raise LetheError(
             f"few_shot: the longest prompt has {words} words, and max_source_tokens is "
