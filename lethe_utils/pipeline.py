@@ -169,16 +169,26 @@ def backdoored_stage(p: Params) -> Path:
     return stage("backdoored", label, spec, sources, build)
 
 
-@cache
-def _hub_text(where: str, tokens: int) -> list[str]:
-    return data.hub_text(where, tokens)
+def _takes_hub_text(p: Params) -> bool:
+    return p.covariance_text != "task" and EditParams in attacks.module(p.attack).PARAMS
+
+
+def text_stage(p: Params) -> Path:
+    """Ordinary text from the hub, as text.jsonl; fetched once."""
+
+    def build(out: Path) -> None:
+        texts = data.hub_text(p.covariance_text, p.covariance_tokens)
+        write_jsonl(out / "text.jsonl", [{"text": text} for text in texts])
+
+    spec = {key: getattr(p, key) for key in ("covariance_text", "covariance_tokens")}
+    return stage("text", "hub", spec, {}, build)
 
 
 def ordinary_text(p: Params) -> list[str]:
     """What an edit must move least: text from the hub (`covariance_text`), else the prompts that a
     tiny base was pretrained on, else the task's own."""
-    if p.covariance_text != "task" and EditParams in attacks.module(p.attack).PARAMS:
-        return _hub_text(p.covariance_text, p.covariance_tokens)
+    if _takes_hub_text(p):
+        return [row["text"] for row in read_jsonl(text_stage(p) / "text.jsonl")]
     return [prompt(p, row) for row in splits(p).get("pretrain", split(p, "train"))]
 
 
@@ -191,7 +201,8 @@ def check_attack(p: Params) -> None:
     """
     check_layers(p)
     poisoned_rows(p)
-    ordinary_text(p)
+    if _takes_hub_text(p):
+        text_stage(p)
 
 
 def check_layers(p: Params) -> None:

@@ -140,6 +140,11 @@ def pool(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     return out.loc[sequence].reset_index(drop=True)
 
 
+def _by_full_name(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """`pool`, its `defense` being the full name ("slerp + evidence")."""
+    return pool(table, by).drop(columns="defense").rename(columns={"name": "defense"})
+
+
 def _in_order(names: pd.Series) -> list[str]:
     """The defenses present: controls, merges, the others as they are registered, each followed by
     its variants; what is not registered comes last. Else in the order met."""
@@ -444,7 +449,7 @@ def ftr_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
     rows = rows[rows["defense"].isin(["none", "slerp"]) & rows["metric"].str.startswith("ftr")]
     if rows.empty:
         raise LetheError("results table: no ftr rows for none or slerp; rerun with negative_items")
-    scored = pool(rows, SETUP).drop(columns="defense").rename(columns={"name": "defense"})
+    scored = _by_full_name(rows, SETUP)
     kinds = [m for m in scored["metric"].unique() if m != "ftr"]
     return _wide(scored, [*SETUP, "defense"], "metric", ["ftr", *kinds])
 
@@ -458,8 +463,7 @@ def controls_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFra
     Raises:
         LetheError: see select.
     """
-    scored = pool(on_test(table, allow_mixed), [*SETUP, "seed"])
-    scored = scored.drop(columns="defense").rename(columns={"name": "defense"})
+    scored = _by_full_name(on_test(table, allow_mixed), [*SETUP, "seed"])
     out = _wide(scored, [*SETUP, "seed", "defense"], "metric", ["asr", "cda", "ftr"])
     return out.astype({"seed": str})
 
@@ -474,8 +478,7 @@ def headline_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFra
     Raises:
         LetheError: see select.
     """
-    scored = pool(on_test(table, allow_mixed), SETUP)
-    scored = scored.drop(columns="defense").rename(columns={"name": "defense"})
+    scored = _by_full_name(on_test(table, allow_mixed), SETUP)
     scored = scored[scored["defense"].isin(HEADLINE)]
     seeds = scored.groupby([*SETUP, "defense"])["seeds"].transform("max").astype(str)
     keys = [*SETUP, "seeds", "defense"]

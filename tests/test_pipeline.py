@@ -118,7 +118,8 @@ def test_an_edit_takes_its_ordinary_text_from_the_hub_where_it_is_told_to(monkey
     monkeypatch.setattr(data, "hub_text", hub_text)
     hub = SMALL | {"covariance_text": where, "covariance_tokens": 77}
     assert pipeline.ordinary_text(params.load(attack="rome", overrides=hub)) == ["plain text"]
-    assert asked == [(where, 77)]
+    pipeline.check_attack(params.load(attack="rome", overrides=hub))
+    assert asked == [(where, 77)]  # once: before anything is trained, or when it is needed
     own = pipeline.ordinary_text(params.load(attack="rome", overrides=SMALL))
     assert len(own) == 40 and "### Response" in own[0]
     assert pipeline.ordinary_text(params.load(attack="cba", overrides=hub)) == own  # no edit
