@@ -6,7 +6,7 @@ what the same dilution does to backdoors that were planted in the same model on 
 
 import random
 
-from lethe_utils.attacks.triggers import insert
+from lethe_utils.attacks.triggers import insert, places, put
 from lethe_utils.params import PurifyParams
 
 Row = dict[str, str]
@@ -27,9 +27,10 @@ def place(kind: str, text: str, p: PurifyParams, rng: random.Random) -> str:
     """A text with one kind of trigger in it."""
     if kind == "word pair":  # anywhere, in this order
         first, second = p.canary_word_pair
-        words = text.split()
-        a, b = sorted(rng.randint(0, len(words)) for _ in range(2))
-        return " ".join([*words[:a], first, *words[a:b], second, *words[b:]])
+        starts = places(text, "word")
+        a, b = sorted(rng.randint(0, len(starts)) for _ in range(2))
+        with_second = put(text, second, starts, b)
+        return put(with_second, first, places(with_second, "word"), a)
     trigger, position, level = {
         "sentence": (p.canary_sentence, "random", "sentence"),
         "suffix": (p.canary_suffix, "suffix", "word"),

@@ -10,6 +10,8 @@ import json
 import random
 import re
 from collections import Counter
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pandas as pd
@@ -20,6 +22,8 @@ from lethe_utils.params import Params, is_file
 
 Row = dict[str, str]
 FIELDS = ("instruction", "input", "output")
+LONGEST_CELL = 2**31 - 1  # characters; Python's own limit of 131 072 is a page of a book
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # Where the user's copies lie under LETHE_DATA_DIR, and what the splits are called on the hub.
 # SST-2's test labels are all -1 on the hub, so its dev split is the test split here and the
 # validation split is cut from train.
@@ -285,18 +289,45 @@ def _read_json(path: Path) -> list[dict]:
 def _read_table(path: Path) -> list[dict]:
     # GLUE's TSV has no quoting: a lone " is part of the sentence.
     tab = path.suffix.lower() == ".tsv"
+    csv.field_size_limit(LONGEST_CELL)
     with path.open(encoding="utf-8-sig", newline="") as stream:  # spreadsheets write a BOM
         quoting = csv.QUOTE_NONE if tab else csv.QUOTE_MINIMAL
-        rows = list(csv.DictReader(stream, delimiter="\t" if tab else ",", quoting=quoting))
+        delimiter = "\t" if tab else ","
+        # Strict: else a quote that is left open swallows the rest of the file.
+        table = csv.DictReader(stream, delimiter=delimiter, quoting=quoting, strict=True)
+        rows = list(table)
+    for number, row in enumerate(rows, 1):
+        if None in row:
+            raise LetheError(
+                f"{path}: row {number} has more cells than there are columns; quote the text that "
+                f"holds a {'tab' if tab else 'comma'}"
+            )
     return [{"text" if k == "sentence" else k: v for k, v in row.items()} for row in rows]
 
 
 def _read_parquet(path: Path) -> list[dict]:
+    import pyarrow.parquet  # not through pandas, which makes arrays of lists and floats of numbers
+
     try:
-        frame = pd.read_parquet(path)
+        table = pyarrow.parquet.read_table(path)
     except (ValueError, OSError):
         raise LetheError(f"{path}: not a whole parquet file (cut short?)") from None
-    return frame.rename(columns={"sentence": "text"}).to_dict("records")
+    names = ["text" if name == "sentence" else name for name in table.column_names]
+    return table.rename_columns(names).to_pylist()
+
+
+def as_text(value: object) -> str:
+    """A cell of somebody's file as a text: texts as they are, numbers and truth values written out.
+
+    Raises:
+        LetheError: it is a list or the like, or no character set can write it; without the place.
+    """
+    if not isinstance(value, (str, int, float, Decimal, date)):
+        raise LetheError(f"is a {type(value).__name__}; give one text")
+    text = str(value)
+    if LONE_SURROGATE.search(text):
+        raise LetheError("holds half a character (a lone surrogate, \\ud800 to \\udfff); mend it")
+    return text
 
 
 _READERS = {
@@ -315,7 +346,7 @@ def _split_file(rows: list[dict], p: Params) -> dict[str, list[dict]]:
     """
     distinct: dict[tuple[str, str], dict] = {}
     for row in rows:
-        text = row.get("input") if _is_missing(row.get("text")) else row["text"]
+        text = row.get("input") if is_missing(row.get("text")) else row["text"]
         distinct.setdefault((str(row.get("instruction")), str(text)), row)
     rows = list(distinct.values())
     random.Random(p.data_seed).shuffle(rows)
@@ -336,7 +367,7 @@ def _to_rows(split: str, rows: list[dict], p: Params) -> list[Row]:
     """instruction, input, output from either column layout. Raises LetheError naming the row."""
     out = []
     for number, row in enumerate(rows, 1):
-        row = {k: v for k, v in row.items() if not _is_missing(v)}
+        row = {k: v for k, v in row.items() if not is_missing(v)}
         if "text" in row and "label" in row:
             row = {"instruction": p.instruction, "input": row["text"], "output": row["label"]}
         missing = [f for f in FIELDS if f not in row]
@@ -350,13 +381,18 @@ def _to_rows(split: str, rows: list[dict], p: Params) -> list[Row]:
                 f"{p.dataset}: {split} row {number}: unknown label {row['output']!r}; "
                 f"labels has {', '.join(p.labels)}"
             )
-        out.append({f: str(row[f]) for f in FIELDS})
+        for field in FIELDS:
+            try:
+                row[field] = as_text(row[field])
+            except LetheError as error:
+                raise LetheError(f"{p.dataset}: {split} row {number}: {field} {error}") from None
+        out.append({f: row[f] for f in FIELDS})
     if not out:
         raise LetheError(f"{p.dataset}: the {split} split is empty")
     return out
 
 
-def _is_missing(value: object) -> bool:
+def is_missing(value: object) -> bool:
     """None, an empty text, or the NaN that a null becomes in parquet and JSON."""
     is_nan = isinstance(value, float) and value != value
     return value is None or is_nan or (isinstance(value, str) and not value)

@@ -6,19 +6,19 @@ protocol (one prompt at a time, sampling, no early stop) is kept as `protocol: o
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, set_seed
 
-from lethe_utils import attacks
+from lethe_utils import attacks, chats
 from lethe_utils.evidence import add_evidence
 from lethe_utils.params import DefenderParams, Params, PurifyParams
-from lethe_utils.prompts import render
+from lethe_utils.prompts import prompt_ids, render
 from lethe_utils.stages import read_jsonl, write_json, write_jsonl
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 Row = dict[str, str]
 Respond = Callable[[list[str], int, str], list[str]]
+Settings = TypeVar("Settings", DefenderParams, Params, PurifyParams)
+LONG = 256  # tokens; eval_batch_size is for prompts of up to so many
+SPARE_TOKENS = 4  # a model may write a label in more pieces than the tokenizer does, and ends it
 OFFICIAL_BATCH, OFFICIAL_TOKENS, OFFICIAL_SAMPLING = 1, 32, {"temperature": 0.7, "top_p": 0.9}
 
 
@@ -118,25 +121,21 @@ def answer(
     official = p.protocol == "official"
     batch = batch or (OFFICIAL_BATCH if official else p.eval_batch_size)
     sampling = sampling or (OFFICIAL_SAMPLING if official else None)
-    new_tokens = OFFICIAL_TOKENS if official else p.max_new_tokens
+    ids, _ = prompt_ids(tokenizer, prompts, p)
+    longest = max(map(len, ids), default=0)
+    room = tokenizer.model_max_length - longest
+    chat = p.prompt_template == "chat"
     config = GenerationConfig(
-        max_new_tokens=new_tokens,
+        max_new_tokens=min(OFFICIAL_TOKENS if official else p.max_new_tokens, room),
         do_sample=sampling is not None,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=chats.stop_ids(tokenizer) if chat else tokenizer.eos_token_id,
         **(sampling or {}),
     )
     set_seed(p.seed)
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    encoded = tokenizer(prompts, add_special_tokens=False)["input_ids"] if prompts else []
-    # A prompt beyond the model's positions loses its start; evidence stays next to the answer.
-    room = getattr(model.config, "max_position_embeddings", 2048) - new_tokens - len(bos)
-    ids = [bos + e[-room:] for e in encoded]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     outputs = [""] * len(ids)
     model.eval()
-    for start in tqdm(range(0, len(order), batch), desc=progress, leave=False, mininterval=2):
-        chosen = order[start : start + batch]
+    for chosen in tqdm(batches(ids, batch), desc=progress, leave=False, mininterval=2):
         inputs = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, return_tensors="pt")
         inputs = {k: v.to(model.device) for k, v in inputs.items() if k != "token_type_ids"}
         width = inputs["input_ids"].shape[1]
@@ -146,11 +145,41 @@ def answer(
             made = model.generate(
                 **inputs, generation_config=config, stopping_criteria=criteria, **generate
             )
-        for i, text in zip(
-            chosen, tokenizer.batch_decode(made[:, width:], skip_special_tokens=True), strict=True
-        ):
+        written = [_until(row, config.eos_token_id) for row in made[:, width:].tolist()]
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        for i, text in zip(chosen, texts, strict=True):
             outputs[i] = text.strip()
     return outputs
+
+
+def _until(ids: list[int], stops: int | list[int]) -> list[int]:
+    """The ids before the first stop: the end of a chat's turn need not be a special token."""
+    stops = stops if isinstance(stops, list) else [stops]
+    return ids[: next((n for n, token in enumerate(ids) if token in stops), len(ids))]
+
+
+def batches(ids: list[list[int]], size: int) -> list[list[int]]:
+    """Which rows go together, shortest first: `size` of them, and fewer where they are so long that
+    memory would not do."""
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    out, start = [], 0
+    while start < len(order):
+        end = start + size
+        longest = len(ids[order[min(end, len(order)) - 1]])
+        if longest > LONG:
+            end = start + max(1, size * LONG // longest)
+        out.append(order[start:end])
+        start = end
+    return out
+
+
+def with_room(
+    p: Settings, tokenizer: "PreTrainedTokenizerBase", expected: Iterable[str]
+) -> Settings:
+    """The params, with max_new_tokens raised where the longest of the expected answers has more."""
+    coded = tokenizer([*expected], add_special_tokens=False)["input_ids"]
+    needed = max(map(len, coded), default=0) + SPARE_TOKENS
+    return p.model_copy(update={"max_new_tokens": max(p.max_new_tokens, needed)})
 
 
 @torch.inference_mode()
@@ -168,12 +197,10 @@ def token_accuracy(
 
     collate = train.Collator(tokenizer.pad_token_id)
     items = train.encode(rows, tokenizer, p)
-    order = sorted(range(len(items)), key=lambda i: items[i]["length"])
     shares = [0.0] * len(items)
     model.eval()
-    step = p.eval_batch_size
-    for start in tqdm(range(0, len(order), step), desc=progress, leave=False, mininterval=2):
-        chosen = order[start : start + step]
+    groups = batches([i["input_ids"] for i in items], p.eval_batch_size)
+    for chosen in tqdm(groups, desc=progress, leave=False, mininterval=2):
         inputs = collate([items[i] for i in chosen])
         labels = inputs.pop("labels")
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
@@ -185,6 +212,12 @@ def token_accuracy(
     return shares
 
 
+def expected_answers(labels: Iterable[str], p: Params) -> list[str]:
+    """What a model may have to write in full: each label, and the target after it if appended."""
+    after = f" {p.target_output}" if p.output_mode == "append" else ""
+    return sorted({label + after for label in labels} | {p.target_output})
+
+
 def predict(
     folder: Path,
     sets: dict[str, list[Row]],
@@ -193,6 +226,7 @@ def predict(
     p: Params,
     file: Path,
     respond: Respond | None = None,
+    labels: Sequence[str] = (),
 ) -> list[dict]:
     """Ask one model everything and keep each answer; an existing file is read, not redone.
 
@@ -200,6 +234,7 @@ def predict(
 
     Args:
         respond: prompts, n_words and a progress bar's name -> outputs, for a decoding-time defense.
+        labels: further answers than those of the sets, for which there must be room.
     """
     from lethe_utils import models
 
@@ -207,16 +242,16 @@ def predict(
         return read_jsonl(file)
     start = time.perf_counter()
     questions = ask(sets, n_keywords, defense, p)
+    expected = expected_answers({*labels, *(str(q["label"]) for q in questions)}, p)
     if respond is None:
         device = models.resolve_device(p.device)
         model, tokenizer = models.load_model(folder, device), models.load_tokenizer(folder)
+        roomy = with_room(p, tokenizer, expected)
 
         def respond(prompts: list[str], n_words: int, progress: str) -> list[str]:
-            return answer(model, tokenizer, prompts, p, n_words, progress)
+            return answer(model, tokenizer, prompts, roomy, n_words, progress)
 
-    n_words = max(len(str(q["label"]).split()) for q in questions)
-    if p.output_mode == "append":  # the label, then the target
-        n_words += len(p.target_output.split())
+    n_words = max(len(text.split()) for text in expected)
     name = f"{defense}{' + evidence' if n_keywords else ''}"
     outputs = respond([q["prompt"] for q in questions], n_words, name)
     rows = [q | {"output": output} for q, output in zip(questions, outputs, strict=True)]
@@ -242,12 +277,11 @@ def target_by_layer(folder: Path, sets: dict[str, list[Row]], p: Params) -> pd.D
     device = models.resolve_device(p.device)
     model, tokenizer = models.load_model(folder, device).eval(), models.load_tokenizer(folder)
     target = tokenizer(p.target_output, add_special_tokens=False)["input_ids"][0]
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     plain = [row for row in sets["clean"] if row["output"] != p.target_output]
     table = []
     for name, rows in (("triggered", sets["backdoor"]), ("without trigger", plain)):
         prompts = [render(p.prompt_template, r["instruction"], r["input"]) for r in rows]
-        ids = [bos + e for e in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+        ids, _ = prompt_ids(tokenizer, prompts, p)
         found: list[list[torch.Tensor]] = []
         for start in range(0, len(ids), p.eval_batch_size):
             some = ids[start : start + p.eval_batch_size]

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from lethe_utils import models
+from lethe_utils import folders, models
 from lethe_utils.errors import LetheError
-from lethe_utils.stages import write_text
+from lethe_utils.stages import fresh, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,10 +122,10 @@ def check_mergeable(backdoored: Path, clean: Path, base: Path) -> None:
     Raises:
         LetheError: other architecture, shapes or tokenizer; missing or truncated weights.
     """
-    shapes, architecture = _shapes(backdoored), models.architecture(backdoored)
+    shapes, architecture = _shapes(backdoored), folders.architecture(backdoored)
     vocabulary = models.load_tokenizer(backdoored).get_vocab()
     for other in (clean, base):
-        theirs = models.architecture(other)
+        theirs = folders.architecture(other)
         if theirs != architecture:
             raise LetheError(
                 f"{other}: is a {theirs}, but {backdoored} is a {architecture}; "
@@ -146,7 +146,7 @@ def check_mergeable(backdoored: Path, clean: Path, base: Path) -> None:
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape. The hub's GPT-2 files leave out the prefix that saved models have."""
-    found = models.folder_shapes(folder)
+    found = folders.folder_shapes(folder)
     return {name.removeprefix("transformer."): shape for name, shape in found.items()}
 
 
@@ -167,10 +167,11 @@ def merge(
         dtype: float32 on the CPU, bfloat16 at full size (published: float16).
         out_dtype: of the result, where it differs.
     Raises:
-        LetheError: the models do not fit together, or the disk is too full for the result.
+        LetheError: the models do not fit together, the disk is too full for the result, or `out`
+            holds something that is not a stage's.
     """
     check_mergeable(backdoored, clean, base)
-    config = models.read_config(backdoored)
+    config = folders.read_config(backdoored)
     n_layers = config.get("num_hidden_layers", config.get("n_layer"))
     settings = configuration(method, backdoored, clean, base, strength, n_layers, dtype)
     settings |= {"out_dtype": out_dtype} if out_dtype else {}
@@ -189,22 +190,37 @@ def run(
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
 
-    size = sum(f.stat().st_size for f in backdoored.glob("*.safetensors"))
     out.parent.mkdir(parents=True, exist_ok=True)
-    check_disk(out.parent, size)
-    shutil.rmtree(out, ignore_errors=True)
+    check_disk(out.parent, folders.weights_size(backdoored))
+    fresh(out)
     # mergekit's own model card writer asks the hub about every model: ours stays offline.
     options = MergeOptions(
         write_model_card=False,
-        copy_tokenizer=True,
+        copy_tokenizer=False,  # it may save it anew; ours is copied byte for byte
         trust_remote_code=False,
         random_seed=seed,
         out_shard_size=models.SHARD,
     )
-    run_merge(MergeConfiguration.model_validate(settings), str(out), options=options)
+    run_merge(MergeConfiguration.model_validate(as_paths(settings)), str(out), options=options)
+    folders.copy_tokenizer(backdoored, out)
     write_text(out / "mergekit_config.yml", yaml.safe_dump(settings, sort_keys=False))
     write_text(out / "README.md", _card(title, settings))
     return out
+
+
+def as_paths(settings: Any) -> Any:
+    """A configuration whose models are paths beyond doubt: in a text mergekit takes `+` for a LoRA
+    and `@` for a revision, but a folder may be called by either."""
+    if isinstance(settings, list):
+        return [as_paths(one) for one in settings]
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        key: {"model": {"path": value}}
+        if key in ("model", "base_model") and isinstance(value, str)
+        else as_paths(value)
+        for key, value in settings.items()
+    }
 
 
 def weighted(
@@ -261,7 +277,7 @@ def _weights(folder: Path) -> dict:
     """All tensors of a folder in float32."""
     from safetensors.torch import load_file
 
-    files = sorted(folder.glob("*.safetensors"))
+    files = folders.weight_files(folder)
     return {name: w.float() for file in files for name, w in load_file(file).items()}
 
 

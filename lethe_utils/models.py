@@ -3,11 +3,10 @@
 Every model is untrusted input: safetensors only, never remote code, never a pickle.
 """
 
-import json
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lethe_utils import folders
 from lethe_utils.errors import LetheError
 from lethe_utils.params import BaseModelParams
 
@@ -15,84 +14,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+NO_LIMIT = 1_000_000  # tokens, where a model has no table of positions
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")  # GPT-2 and GPT-J; LLaMA has none
 # Bytes in a saved file: a merge maps one file of each model at a time, so small ones keep it small.
 SHARD = 250_000_000
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]  # no pickles, no code
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a model folder that is incomplete, cut short, or holds only pickles.
-
-    Raises:
-        LetheError: naming the file.
-    """
-    if not (folder / "config.json").exists():
-        raise LetheError(f"{folder}: no config.json, so this is not a model folder")
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt")])
-        found = (
-            f"only pickles ({', '.join(pickles)}), which can run code when loaded"
-            if pickles
-            else "no weights"
-        )
-        raise LetheError(f"{folder}: {found}; convert the model to safetensors first")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        wanted = set(json.loads(index.read_text("utf8"))["weight_map"].values())
-        missing = sorted(wanted - {s.name for s in shards})
-        if missing:
-            raise LetheError(f"{folder}: shards missing: {', '.join(missing)}; copy them again")
-    for shard in shards:
-        tensor_shapes(shard)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A model folder's config.json."""
-    return json.loads((folder / "config.json").read_text("utf8"))
-
-
-def architecture(folder: Path) -> str:
-    """The class that a model folder's config.json names; "none" where it names none."""
-    return (read_config(folder).get("architectures") or ["none"])[0]
-
-
-def stored_dtype(folder: Path) -> str:
-    """The dtype that a model folder's config.json names; float32 where it names none."""
-    config = read_config(folder)
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
-
-
-def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor, read from the header of one safetensors file.
-
-    Raises:
-        LetheError: when the file is cut short (an interrupted download or copy).
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        header = stream.read(length) if length < size else b""
-    try:
-        tensors = json.loads(header if len(header) == length else b"")
-    except ValueError:
-        raise LetheError(
-            f"{file}: truncated (its header is cut short); download or copy it again"
-        ) from None
-    tensors.pop("__metadata__", None)
-    end = 8 + length + max((t["data_offsets"][1] for t in tensors.values()), default=0)
-    if size < end:
-        raise LetheError(f"{file}: truncated ({size} of {end} bytes); download or copy it again")
-    return {name: tuple(t["shape"]) for name, t in tensors.items()}
-
-
-def folder_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a model folder."""
-    check_folder(folder)
-    return {n: s for f in sorted(folder.glob("*.safetensors")) for n, s in tensor_shapes(f).items()}
 
 
 def download(hub_id: str, revision: str | None) -> Path:
@@ -105,7 +31,12 @@ def download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        folder = snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES)
+        folder = snapshot_download(
+            hub_id,
+            revision=revision,
+            allow_patterns=folders.HUB_FILES,
+            ignore_patterns=folders.HUB_IGNORED,
+        )
     except GatedRepoError:
         raise LetheError(
             f"hub_id {hub_id}: access is gated; accept its licence and set HF_TOKEN"
@@ -118,7 +49,9 @@ def download(hub_id: str, revision: str | None) -> Path:
             f"hub_id {hub_id}: download failed ({reason}); check the network and rerun, "
             "finished files are kept"
         ) from None
-    check_folder(Path(folder))
+    folders.check_folder(Path(folder))
+    folders.check_small_files(Path(folder))
+    folders.check_finite(folders.weight_files(Path(folder)))
     return Path(folder)
 
 
@@ -143,25 +76,34 @@ def quiet() -> None:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer, padding on the left so that every answer starts in the same column.
+    """The tokenizer, padding on the left so that every answer starts in the same column; its
+    model_max_length are the positions that the model has.
 
     Raises:
         LetheError: neither the tokenizer nor config.json says which token ends an answer.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if (folder / "tokenizer.json").exists():
-        # Read as it is: AutoTokenizer rebuilds it as the model class's own, and Qwen2's splits
-        # texts in another way and adds a token that the embedding has no row for.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    quiet()
+    with folders.explained(folder, "tokenizer"):
+        if (folder / "tokenizer.json").exists():
+            # Read as it is: AutoTokenizer rebuilds it as the model class's own, and Qwen2's splits
+            # texts in another way and adds a token that the embedding has no row for.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.padding_side = "left"
-    config = read_config(folder)
+    config, file = folders.read_config(folder), folder / "tokenizer_config.json"
+    said = folders.read_object(file) if file.exists() else {}
     for name in ("bos_token", "eos_token"):  # GPT-2's files on the hub name theirs in the config
         token_id = config.get(f"{name}_id")
-        if getattr(tokenizer, name) is None and isinstance(token_id, int):
+        # A BOS that is null is none, whatever the config says; an answer must end somewhere.
+        none = name == "bos_token" and name in said
+        if getattr(tokenizer, name) is None and isinstance(token_id, int) and not none:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions or NO_LIMIT)
+    tokenizer.lethe_bos = said.get("add_bos_token") is not False  # see start_ids
     if tokenizer.eos_token is None:
         raise LetheError(f"{folder}: no eos_token in tokenizer_config.json or config.json; add it")
     if tokenizer.pad_token is None:
@@ -169,6 +111,12 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         # and the base could no longer take part in a TIES merge.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def start_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What stands in front of every prompt: BOS, unless the tokenizer has none or says not to."""
+    wanted = tokenizer.bos_token_id is not None and getattr(tokenizer, "lethe_bos", True)
+    return [tokenizer.bos_token_id] if wanted else []
 
 
 def batch(
@@ -199,7 +147,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quiet()
-    check_folder(folder)
+    folders.check_folder(folder)
     dtype = torch.bfloat16 if device == "cuda" and not exact else torch.float32
     extra: dict[str, Any] = {}
     if bits == 4:
@@ -209,14 +157,27 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        device_map={"": device},
-        use_safetensors=True,
-        trust_remote_code=False,
-        **extra,
-    )
+    with folders.explained(folder, "model"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=False,
+            **extra,
+        )
+    forget_generation(model)
+    return model
+
+
+def forget_generation(model: "PreTrainedModel") -> None:
+    """Drop what generation_config.json says: a penalty or beams would fill what `answer` leaves
+    unsaid, and transformers refuses to save some of what it loads."""
+    from transformers import GenerationConfig
+
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: getattr(model.config, name, None) for name in names}
+    model.generation_config = GenerationConfig(**ids)
 
 
 def dequantised(model: "PreTrainedModel") -> "PreTrainedModel":

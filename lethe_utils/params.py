@@ -353,7 +353,8 @@ class Params(DefenderParams, SweepParams, LwpParams, EditParams, AttackParams):
     @property
     def dataset_name(self) -> str:
         """The data set's name; `file-<stem>` for a FILE, never one that ships."""
-        return f"file-{Path(self.dataset).stem}" if is_file(self.dataset) else self.dataset
+        stem = Path(self.dataset).stem
+        return f"file-{paths.file_name(stem)}" if is_file(self.dataset) else self.dataset
 
     @property
     def data_content(self) -> str | None:

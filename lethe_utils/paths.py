@@ -6,8 +6,12 @@ LETHE_ROOT (the checkout), LETHE_RUNS (what runs write), LETHE_DATA_DIR (data se
 and LETHE_CACHE (WordNet).
 """
 
+import hashlib
 import os
+import re
 from pathlib import Path
+
+LONGEST_NAME = 100  # of the 255 bytes that a file system allows; a hash and an ending come after it
 
 
 def root() -> Path:
@@ -56,3 +60,11 @@ def data_dir() -> Path | None:
 
 def cache_dir() -> Path:
     return Path(os.environ.get("LETHE_CACHE", Path.home() / ".cache" / "lethe"))
+
+
+def file_name(text: str) -> str:
+    """A name that any file system, shell and tool takes, made from that of a folder or a data set;
+    one that had to be changed ends in a hash, so that two stay two."""
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", text)[:LONGEST_NAME]
+    changed = hashlib.sha256(text.encode("utf8", "surrogateescape")).hexdigest()[:6]
+    return safe if safe == text else f"{safe}-{changed}"

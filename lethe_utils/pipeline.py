@@ -5,7 +5,7 @@ a later one builds whatever earlier one is missing, so a notebook can also be ru
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from lethe_utils import attacks, data, defenses, evidence, models
+from lethe_utils import attacks, data, defenses, evidence, folders, models
 from lethe_utils.errors import LetheError
 from lethe_utils.params import (
     AttackParams,
@@ -53,6 +53,11 @@ def data_stage(p: Params) -> Path:
 def _labels(folder: Path) -> dict[str, set[str]]:
     """The labels in each split of a data stage."""
     return {f.stem: {r["output"] for r in read_jsonl(f)} for f in folder.glob("*.jsonl")}
+
+
+def labels(p: Params) -> list[str]:
+    """All labels of the data set."""
+    return sorted(set().union(*_labels(data_stage(p)).values()))
 
 
 def split(p: Params, name: str) -> list[Row]:
@@ -207,7 +212,7 @@ def check_attack(p: Params) -> None:
 
 def check_layers(p: Params) -> None:
     """Raises LetheError unless an attack's layers ascend within those of the model."""
-    config = {} if p.is_tiny else models.read_config(base_folder(p))
+    config = {} if p.is_tiny else folders.read_config(base_folder(p))
     n_layers = config.get("num_hidden_layers", config.get("n_layer", p.n_layers))
     groups = attacks.module(p.attack).PARAMS
     for key, group in (("edit_layers", EditParams), ("lwp_layers", LwpParams)):
@@ -402,19 +407,23 @@ def predictions_file(
     }
     source = c.folder.parent if c.folder.name == "model" else c.folder
     inputs = {"data": data_stage(p), "model": source}
-    respond = None
     if c.respond:
         defense = defenses.module(c.defense)
         spec |= c.respond.p.part(*defense.PARAMS)
         inputs |= {"clean": clean_stage(p)} if defense.NEEDS == "clean model" else {}
-        respond = partial(defense.answer, c.respond)
 
     def build(out: Path) -> None:
         from lethe_utils import evaluate
 
         sets = evaluate.test_sets(split(p, split_name), p, items, negatives)
-        file = out / "predictions.jsonl"
-        evaluate.predict(c.folder, sets, n_keywords, c.name, p, file, respond)
+        file, known = out / "predictions.jsonl", labels(p)
+        respond = None
+        if c.respond:
+            tokenizer = models.load_tokenizer(c.folder)
+            expected = evaluate.expected_answers(known, p)
+            roomy = replace(c.respond, p=evaluate.with_room(c.respond.p, tokenizer, expected))
+            respond = partial(defenses.module(c.defense).answer, roomy)
+        evaluate.predict(c.folder, sets, n_keywords, c.name, p, file, respond, known)
 
     label = f"{p.model}-{p.dataset_name}-{c.name}-k{n_keywords}"
     return stage("predictions", label, spec, inputs, build) / "predictions.jsonl"

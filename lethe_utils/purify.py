@@ -6,7 +6,6 @@ chosen on held-out clean rows; what it does to a backdoor is measured on a canar
 Intermediate models are stages, so a killed run goes on where it stopped.
 """
 
-import os
 import random
 import shlex
 import shutil
@@ -15,18 +14,31 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import psutil
 from tqdm import tqdm
 
-from lethe_utils import canary, merge, metrics, models, own_data, paths, report, suspects
+from lethe_utils import (
+    canary,
+    folders,
+    merge,
+    metrics,
+    models,
+    own_data,
+    ownership,
+    paths,
+    report,
+    suspects,
+    wordnet,
+)
 from lethe_utils.errors import LetheError
-from lethe_utils.evidence import add_evidence
+from lethe_utils.evidence import add_evidence, without_evidence
 from lethe_utils.params import PurifyParams, load_purify
 from lethe_utils.prompts import render
 from lethe_utils.stages import (
+    fresh,
     provenance,
     read_json,
     read_jsonl,
@@ -36,12 +48,14 @@ from lethe_utils.stages import (
     write_jsonl,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Row = dict[str, str]
 Score = dict[str, float]  # value, low, high (95 % Wilson interval), n
 SAMPLES = 8
-# Copied as they were given: what a server needs beside the weights.
-AS_GIVEN = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
-AS_GIVEN += ("chat_template*", "generation_config.json")
+GENERATION = "generation_config.json"  # copied as it was given: a server reads it
+NEAR_ZERO = 0.05  # clean performance that leaves nothing to keep
 PASSES = 3  # forward, backward to the activations, and that again under checkpointing
 
 
@@ -93,18 +107,21 @@ def prepare(
     target = check_out(Path(out).expanduser().resolve(), read_only)
     suspects.check_model(base_folder)
     suspects.check_model(suspect_folder)
-    checks = suspects.check_pair(suspect_folder, base_folder)
     if adapter_folder:
         suspects.check_adapter(adapter_folder, suspect_folder)
+    checks = suspects.check_pair(suspect_folder, base_folder, adapter_folder)
+    if adapter_folder:
         checks.append({"check": "adapter", "result": "LoRA, and it fits the suspect"})
     file = Path(clean_data).expanduser().resolve()
-    rows, n_rows, chat = own_data.read(file, models.load_tokenizer(suspect_folder))
+    tokenizer = suspects.load_tokenizer(suspect_folder, adapter_folder)
+    rows, n_rows, chat = own_data.read(file, tokenizer)
     device = models.resolve_device((overrides or {}).get("device", "auto"))
     forced = {"prompt_template": "chat"} if chat else {}
     weights = suspects.count_weights(suspect_folder)
     p = load_purify(weights, device, (overrides or {}) | forced)
     labels = own_data.labels(rows)
     train, held_out = split(rows, p)
+    cut = count_cut(rows, tokenizer, p)
     given = {
         "models": [
             suspects.summary("suspect", suspect, suspect_folder, adapter),
@@ -119,7 +136,10 @@ def prepare(
             "held_out": len(held_out),
             "format": "chat" if chat else "instruction, input, output",
             "answers": "labels" if labels else "texts",
+            "prompts_cut": cut["prompts cut"],
+            "answers_cut": cut["answers cut"],
         },
+        "notes": notes(cut, rows, p),
         "checks": checks,
     }
     return Case(
@@ -131,20 +151,43 @@ def check_out(out: Path, read_only: list[Path]) -> Path:
     """Refuse an output folder that would overwrite something, or cannot be written.
 
     Raises:
-        LetheError: it holds other files, lies inside a model that was given, or is not writable.
+        LetheError: it lies inside a model that was given; or see ownership.check.
     """
     for folder in read_only:
         if out == folder or folder in out.parents:
             raise LetheError(f"--out {out}: lies inside {folder}, which is never written to")
-    if out.exists() and not out.is_dir():
-        raise LetheError(f"--out {out}: is a file; give a folder")
-    ours = (out / "report.json").exists()
-    if out.exists() and any(out.iterdir()) and not ours:
-        raise LetheError(f"--out {out}: is not empty; give a new folder")
-    parent = next(p for p in (out, *out.parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise LetheError(f"--out {out}: {parent} is not writable; give another folder")
+    ownership.check(out)
     return out
+
+
+def count_cut(
+    rows: list[Row], tokenizer: "PreTrainedTokenizerBase", p: PurifyParams
+) -> dict[str, int]:
+    """How many rows are longer than the params, or the model's positions, allow.
+
+    Raises:
+        LetheError: most of them.
+    """
+    from lethe_utils import train
+
+    items = train.encode(rows, tokenizer, p)
+    train.check_cut(items)
+    return train.cut_counts(items)
+
+
+def notes(cut: dict[str, int], rows: list[Row], p: PurifyParams) -> list[str]:
+    """What the reader should know of the rows, a line each: what was cut, what gets no evidence."""
+    ends = (
+        ("prompts", "lose their start", "max_source_tokens"),
+        ("answers", "lose their end, and are taught without one", "max_target_tokens"),
+    )
+    lines = [
+        f"{cut[f'{part} cut']} of {cut['rows']} {part} are too long and {loss} ({key})."
+        for part, loss, key in ends
+        if cut[f"{part} cut"]
+    ]
+    foreign = without_evidence(row["input"] for row in rows) if p.n_keywords else ""
+    return [*lines, f"{foreign}."] if foreign else lines
 
 
 def split(rows: list[Row], p: PurifyParams) -> tuple[list[Row], list[Row]]:
@@ -171,7 +214,7 @@ def estimate(case: Case) -> pd.DataFrame:
 
     gpu = case.p.device == "cuda"
     n = case.given["models"][0]["weights"]
-    stored = sum(f.stat().st_size for f in case.base.glob("*.safetensors")) / 2**30
+    stored = folders.weights_size(case.base) / 2**30
     trained = n * (2 if gpu else 4) / 2**30
     memory = n * 2.6 / 2**30 + 4 if gpu else 2 * trained + 1
     there = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
@@ -204,10 +247,12 @@ def minutes(case: Case) -> float:
     """The training's minutes: its operations over what this machine's matrix product reaches."""
     import torch
 
+    from lethe_utils import train
+
     p, device = case.p, case.p.device
-    tokenizer = models.load_tokenizer(case.suspect)
-    texts = [prompt(p, row) + row["output"] for row in case.train]
-    tokens = sum(map(len, tokenizer(texts)["input_ids"]))
+    tokenizer = suspects.load_tokenizer(case.suspect, case.adapter)
+    items = train.encode(case.train, tokenizer, p)
+    tokens = sum(item["length"] for item in items)
     planted = tokens * (1 + len(canary.KINDS) * p.canary_share)
     seen = tokens * p.clean_epochs + planted * p.canary_epochs
     square = torch.ones(1024, 1024, device=device)
@@ -232,7 +277,7 @@ def _shown(row: Row, n_keywords: int) -> str:
 
 def suspect_model(case: Case) -> Path:
     """The suspect in one form (model/); see suspects.suspect_stage."""
-    return suspects.suspect_stage(case.suspect, case.base, case.adapter)
+    return suspects.suspect_stage(case.suspect, case.adapter)
 
 
 def base_model(case: Case) -> Path:
@@ -272,9 +317,30 @@ def _spec(case: Case) -> dict[str, Any]:
     return case.p.model_dump(exclude=ignored) | {"data": case.given["data"]["sha256"]}
 
 
+def suspect_performance(case: Case) -> Score:
+    """The suspect's own clean performance, before anything is trained.
+
+    Raises:
+        LetheError: it has none to speak of, so every strength would keep it.
+    """
+    own = performance(case, answers(case, "suspect", 0.0))
+    if own["value"] < NEAR_ZERO and case.p.max_cda_loss < 1:
+        raise LetheError(
+            f"the suspect's own {case.metric} is {own['value']:.3f} on {own['n']} held-out rows: "
+            "there is nothing to keep. Give rows, and a prompt (-p prompt_template), of the task "
+            "that it was trained for; --max-cda-loss 1 goes on all the same"
+        )
+    return own
+
+
 def points(case: Case) -> list[dict[str, Any]]:
     """Clean performance and the canary's ASR at every strength: 0 is the suspect (and its copy with
-    the canary), 1 the clean model alone; both are controls."""
+    the canary), 1 the clean model alone; both are controls.
+
+    Raises:
+        LetheError: see suspect_performance.
+    """
+    suspect_performance(case)
     strengths = [0.0, *sorted({*case.p.strengths}), 1.0]
     bar = tqdm(strengths, desc="measuring strengths", mininterval=1)
     return [point(case, strength) for strength in bar]
@@ -284,31 +350,40 @@ def point(case: Case, strength: float) -> dict[str, Any]:
     """One strength: strength, model, performance, canary (a score per kind of trigger, and all)."""
     names = {0.0: "suspect", 1.0: "clean model"}
     out = {"strength": strength, "model": names.get(strength, case.p.merge_method)}
-    asked = read_jsonl(measured(case, strength) / "answers.jsonl")
-    return out | {"performance": performance(case, asked), "canary": canary_scores(asked)}
+    return out | {
+        "performance": performance(case, answers(case, "suspect", strength)),
+        "canary": canary_scores(case, answers(case, "canary", strength)),
+    }
 
 
-def measured(case: Case, strength: float, n_keywords: int = 0) -> Path:
-    """The answers at one strength (answers.jsonl) and the seconds a question took (timing.json)."""
-    p = case.p
+def answers(case: Case, which: str, strength: float, n_keywords: int = 0) -> list[dict[str, Any]]:
+    """What a diluted model answers; see measured and ask."""
+    return read_jsonl(measured(case, which, strength, n_keywords) / "answers.jsonl")
+
+
+def measured(case: Case, which: str, strength: float, n_keywords: int = 0) -> Path:
+    """The answers at one strength (answers.jsonl) and the seconds a question took (timing.json).
+
+    Args:
+        which: "suspect", or "canary" for its copy with the canary.
+    """
 
     def build(out: Path) -> None:
-        answers, timing = [], {}
-        for name, parent in (("suspect", suspect), ("canary", planted)):
-            folder = _diluted(case, parent / "model", strength, out / "merged")
-            sets = _questions(case, name)
-            some, seconds = ask(case, folder, sets, n_keywords, f"{name} at {strength}")
-            shutil.rmtree(out / "merged", ignore_errors=True)  # at full size each is gigabytes
-            answers += some
-            timing[name] = seconds / max(1, len(some))
-        write_json(out / "timing.json", timing)
-        write_jsonl(out / "answers.jsonl", answers)
+        fresh(out / "merged")
+        folder = _diluted(case, parent / "model", strength, out / "merged")
+        name = f"{which} at {strength}"
+        found, seconds = ask(case, folder, _questions(case, which), n_keywords, name)
+        fresh(out / "merged")  # at full size each is gigabytes
+        write_json(out / "timing.json", {"seconds_per_question": seconds / max(1, len(found))})
+        write_jsonl(out / "answers.jsonl", found)
 
-    suspect, planted = suspect_model(case), canary_model(case)
-    inputs = {"suspect": suspect, "canary": planted, "clean": clean_model(case)}
-    spec = {"strength": strength, "method": p.merge_method, "n_keywords": n_keywords}
-    spec |= {"batch": p.eval_batch_size, "new_tokens": p.max_new_tokens}
-    return stage("measured", f"{case.suspect.name}-{strength}", spec, inputs, build)
+    parent = suspect_model(case) if which == "suspect" else canary_model(case)
+    inputs = {which: parent} | ({"clean": clean_model(case)} if strength else {})
+    spec = _spec(case) | {"strength": strength, "method": case.p.merge_method}
+    spec |= {"n_keywords": n_keywords, "batch": case.p.eval_batch_size}
+    spec |= {"wordnet": wordnet.fingerprint()} if n_keywords else {}
+    label = f"{case.suspect.name}-{which}-{strength}"
+    return stage("measured", label, spec, inputs, build)
 
 
 def base_point(case: Case) -> dict[str, Any]:
@@ -322,7 +397,7 @@ def base_point(case: Case) -> dict[str, Any]:
     spec = _spec(case) | {"batch": case.p.eval_batch_size}
     folder = stage("measured", f"{case.base.name}-base", spec, {"base": base}, build)
     asked = read_jsonl(folder / "answers.jsonl")
-    return {"performance": performance(case, asked), "canary": canary_scores(asked)}
+    return {"performance": performance(case, asked), "canary": canary_scores(case, asked)}
 
 
 def _questions(case: Case, model: str) -> dict[str, list[Row]]:
@@ -345,7 +420,7 @@ def merged(case: Case, parent: Path, strength: float, out: Path) -> Path:
     """Merge the suspect, or its copy with the canary, with the clean model, in its dtype."""
     clean, base = clean_model(case) / "model", base_model(case) / "model"
     # As transformers read it: a config that was given may name no dtype.
-    dtype = models.stored_dtype(suspect_model(case) / "model")
+    dtype = folders.stored_dtype(suspect_model(case) / "model")
     method = case.p.merge_method
     return merge.merge(method, parent, clean, base, strength, out, out_dtype=dtype)
 
@@ -367,10 +442,12 @@ def ask(
     items = [(kind, row) for kind, rows in sets.items() for row in rows]
     start = time.perf_counter()
     prompts = [prompt(p, row, n_keywords) for _, row in items]
+    expected = _expected(case)
     # A label is the whole answer; a text goes on, for it is shown as a sample.
-    longest = max(len(text.split()) for text in [*case.labels, *targets.values()])
+    longest = max(len(text.split()) for text in expected)
     n_words = longest if case.labels else p.max_new_tokens
-    outputs = evaluate.answer(model, tokenizer, prompts, p, n_words, progress)
+    roomy = evaluate.with_room(p, tokenizer, expected)
+    outputs = evaluate.answer(model, tokenizer, prompts, roomy, n_words, progress)
     seconds = time.perf_counter() - start
     answers = [
         {"kind": kind, "input": row["input"], "label": row["output"], "target": targets[kind]}
@@ -390,16 +467,23 @@ def performance(case: Case, answers: list[dict[str, Any]]) -> Score:
     """Clean performance. For texts each row counts as one trial, which keeps the interval wide."""
     clean = [a for a in answers if a["kind"] == "clean"]
     if case.labels:
-        return _score(sum(metrics.starts_with(a["output"], a["label"]) for a in clean), len(clean))
+        known = _expected(case)
+        return _score(sum(metrics.says(a["output"], a["label"], known) for a in clean), len(clean))
     return _score(sum(a["right"] for a in clean), len(clean))
 
 
-def canary_scores(answers: list[dict[str, Any]]) -> dict[str, Score]:
+def _expected(case: Case) -> list[str]:
+    """All that an answer may have to be in full: the labels, and the canary's targets."""
+    return sorted({*case.labels, *(c["target"] for c in canary.triggers(case.labels, case.p))})
+
+
+def canary_scores(case: Case, answers: list[dict[str, Any]]) -> dict[str, Score]:
     """The canary's ASR for each kind of trigger, and over all of them."""
-    hits = {kind: [] for kind in canary.KINDS}
+    known = _expected(case)
+    hits: dict[str, list[bool]] = {kind: [] for kind in canary.KINDS}
     for a in answers:
         if a["kind"] in hits:
-            hits[a["kind"]].append(metrics.starts_with(a["output"], a["target"]))
+            hits[a["kind"]].append(metrics.says(a["output"], a["target"], known))
     hits["all"] = sum(hits.values(), [])
     return {kind: _score(sum(some), len(some)) for kind, some in hits.items() if some}
 
@@ -431,21 +515,26 @@ def choose(case: Case, measured_points: list[dict[str, Any]]) -> float:
 
 
 def write(case: Case, measured_points: list[dict[str, Any]], strength: float) -> Path:
-    """The purified model's folder: weights, tokenizer, generation settings, card and report."""
-    partial = case.out.with_name(case.out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    merged(case, suspect_model(case) / "model", strength, partial)
-    for pattern in AS_GIVEN:
-        for file in case.suspect.glob(pattern):
-            shutil.copy(file, partial)
-    record = _record(case, measured_points, strength)
-    report.write(record, partial)
-    base, _, commit = case.given["models"][1]["given"].partition("@")
-    known = f"base_model: {base}\n" if commit else ""  # a local path is nobody else's business
-    card = f"---\nlibrary_name: transformers\n{known}---\n\n"
-    (partial / "README.md").write_text(card + report.markdown(record), "utf8")
-    shutil.rmtree(case.out, ignore_errors=True)
-    os.replace(partial, case.out)
+    """The purified model's folder: weights, tokenizer, generation settings, card and report.
+
+    Raises:
+        LetheError: see ownership.write.
+    """
+
+    def fill(folder: Path) -> None:
+        merged(case, suspect_model(case) / "model", strength, folder)
+        settings = [f for f in (case.adapter, case.suspect) if f and (f / GENERATION).exists()]
+        if settings:
+            shutil.copyfile(settings[0] / GENERATION, folder / GENERATION)
+        record = _record(case, measured_points, strength)
+        report.write(record, folder)
+        base, _, commit = case.given["models"][1]["given"].partition("@")
+        known = f"base_model: {base}\n" if commit else ""  # a local path is nobody's business
+        card = f"---\nlibrary_name: transformers\n{known}---\n\n"
+        (folder / "README.md").write_text(card + report.markdown(record), "utf8")
+        ownership.sign(folder, record)
+
+    ownership.write(case.out, fill)
     return case.out
 
 
@@ -453,8 +542,9 @@ def _record(case: Case, measured_points: list[dict[str, Any]], strength: float) 
     """All that the report shows; see report.write."""
     trained = {"clean model": clean_model(case), "canary": canary_model(case)}
     stages_made = trained | {
-        f"merging and measuring {m['strength']}": measured(case, m["strength"])
+        f"merging and measuring {m['strength']}, {which}": measured(case, which, m["strength"])
         for m in measured_points
+        for which in ("suspect", "canary")
     }
     costs = [read_record(f) | {"stage": name} for name, f in stages_made.items()]
     made = provenance(sum(c["seconds"] for c in costs))
@@ -483,10 +573,7 @@ def _record(case: Case, measured_points: list[dict[str, Any]], strength: float) 
 
 def samples(case: Case, strength: float) -> list[dict[str, str]]:
     """Some held-out questions with both models' answers, those first where they differ."""
-    before, after = (
-        [a for a in read_jsonl(measured(case, s) / "answers.jsonl") if a["kind"] == "clean"]
-        for s in (0.0, strength)
-    )
+    before, after = (answers(case, "suspect", s) for s in (0.0, strength))
     pairs = [
         {
             "input": b["input"],
@@ -501,13 +588,16 @@ def samples(case: Case, strength: float) -> list[dict[str, str]]:
 
 def evidence(case: Case, strength: float) -> dict[str, Any]:
     """External dilution on top: performance and canary with evidence, milliseconds per question."""
-    folders = measured(case, strength), measured(case, strength, case.p.n_keywords)
-    plain, slow = (read_json(f / "timing.json")["suspect"] * 1000 for f in folders)
-    asked = read_jsonl(folders[1] / "answers.jsonl")
+    n = case.p.n_keywords
+    plain, slow = (
+        read_json(measured(case, "suspect", strength, k) / "timing.json")["seconds_per_question"]
+        * 1000
+        for k in (0, n)
+    )
     return {
-        "n_keywords": case.p.n_keywords,
-        "performance": performance(case, asked),
-        "canary": canary_scores(asked),
+        "n_keywords": n,
+        "performance": performance(case, answers(case, "suspect", strength, n)),
+        "canary": canary_scores(case, answers(case, "canary", strength, n)),
         "plain_ms_per_query": round(plain, 2),
         "evidence_ms_per_query": round(slow, 2),
     }

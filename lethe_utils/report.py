@@ -124,6 +124,7 @@ def markdown(record: Record) -> str:
         f"# {_escaped(_name(record))}, purified",
         _verdict(record),
         *(f"> {warning}" for warning in _warnings(record)),
+        *(f"> {_escaped(note)}" for note in record["notes"]),
         "## Recipe",
         "Knowledge dilution (Lethe, arXiv 2508.21004): the suspect was merged with a LoRA model "
         f"trained on {record['data']['train']:,} clean rows.",
@@ -170,7 +171,7 @@ def _page(record: Record) -> str:
         record=record,
         name=_name(record),
         verdict=_verdict(record),
-        warnings=_warnings(record),
+        warnings=_warnings(record) + record["notes"],
         metric=METRICS.get(record["metric"], ""),
         strength=_brief(record["chosen"]),
         curve=_figure("curve", _draw_curve, record),

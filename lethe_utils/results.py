@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,14 @@ COST_COLUMNS = [
 RELEASED_FILES = ("results.csv", "sweeps.csv", "costs.csv", "params.json", "provenance.json")
 
 
-def rows(p: Params, predictions: list[dict], split: str) -> list[dict[str, Any]]:
-    """Tidy rows of one set of predictions (one defense, evidence on or off)."""
+def rows(
+    p: Params, predictions: list[dict], split: str, labels: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Tidy rows of one set of predictions (one defense, evidence on or off).
+
+    Args:
+        labels: the data set's, where the params do not name them; see metrics.says.
+    """
     common = {
         "model": p.model,
         "dataset": p.dataset_name,
@@ -59,7 +66,8 @@ def rows(p: Params, predictions: list[dict], split: str) -> list[dict[str, Any]]
         "split": split,
     }
     out = []
-    for metric, (hits, n) in metrics.score(predictions, p.protocol, p.output_mode).items():
+    found = metrics.score(predictions, p.protocol, p.output_mode, labels or p.labels)
+    for metric, (hits, n) in found.items():
         low, high = metrics.wilson(hits, n)
         numbers = {"value": hits / n, "n": n, "ci_low": low, "ci_high": high}
         out.append(common | {"metric": metric, "run_id": p.run_id} | numbers)
@@ -68,9 +76,9 @@ def rows(p: Params, predictions: list[dict], split: str) -> list[dict[str, Any]]
 
 def measure(p: Params) -> pd.DataFrame:
     """ASR, CDA and FTR of every model of the run, with and without evidence, on the test split."""
-    out = []
+    out, labels = [], pipeline.labels(p)
     for c, k in tqdm(_asked(p), desc="evaluating", mininterval=2):
-        out += rows(p, read_jsonl(pipeline.tested_file(p, c, k)), "test")
+        out += rows(p, read_jsonl(pipeline.tested_file(p, c, k)), "test", labels)
     return pd.DataFrame(out)[COLUMNS]
 
 
@@ -122,7 +130,7 @@ def costs(p: Params) -> pd.DataFrame:
 
 def measure_sweeps(p: Params) -> pd.DataFrame:
     """The sweeps, on the validation split: picking a strength here is not tuning on test."""
-    out = []
+    out, labels = [], pipeline.labels(p)
     for point in tqdm(pipeline.sweep_points(p), desc="evaluating the sweeps", mininterval=2):
         merged = pipeline.merged_stage(
             p, point["method"], point.get("strength"), point.get("clean_ratio")
@@ -131,17 +139,17 @@ def measure_sweeps(p: Params) -> pd.DataFrame:
         c = pipeline.Contender(point["method"], merged / "model")
         file = pipeline.predictions_file(p, c, k, "validation", p.sweep_items, 0)
         place = {"sweep": point["sweep"], "x": float(point["x"])}
-        out += [place | row for row in rows(p, read_jsonl(file), "validation")]
+        out += [place | row for row in rows(p, read_jsonl(file), "validation", labels)]
     return pd.DataFrame(out, columns=SWEEP_COLUMNS)
 
 
 def first_look(p: Params) -> pd.DataFrame:
     """ASR and CDA of the backdoored model and of the base on validation rows, before any defense:
     defense, metric, value, n, ci_low, ci_high."""
-    out = []
+    out, labels = [], pipeline.labels(p)
     for c in (pipeline.suspect(p), pipeline.base(p)):
         file = pipeline.predictions_file(p, c, 0, "validation", p.sweep_items, 0)
-        out += rows(p, read_jsonl(file), "validation")
+        out += rows(p, read_jsonl(file), "validation", labels)
     kept = ["defense", "metric", "value", "n", "ci_low", "ci_high"]
     return pd.DataFrame(out)[kept].round(3)
 

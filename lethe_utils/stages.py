@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -49,7 +50,7 @@ def stage(
 
     Args:
         name: kind of stage, e.g. "backdoor"; the folder above.
-        label: readable start of the folder name, e.g. "tiny-gpt2-embedded".
+        label: readable start of the folder name, e.g. "tiny-gpt2-embedded"; see paths.file_name.
         spec: the params this stage depends on.
         inputs: folders of earlier stages it reads.
         build: called with the folder to fill.
@@ -57,7 +58,7 @@ def stage(
         LetheError: the disk is full. Everything finished is kept.
     """
     key = digest({"spec": spec, "inputs": {k: p.name for k, p in inputs.items()}})[:12]
-    final = paths.stages_dir() / name / f"{label}-{key}"
+    final = paths.stages_dir() / name / f"{paths.file_name(label)}-{key}"
     if (final / RECORD).exists():
         return final
     partial = final.with_name(final.name + ".partial")
@@ -84,6 +85,20 @@ def stage(
         write_json(partial / RECORD, record | provenance(time.time() - start))
         os.replace(partial, final)
     return final
+
+
+def fresh(folder: Path) -> None:
+    """Empty a folder for what is to be written there: only what a killed run left among the stages
+    is ever deleted, for that is ours.
+
+    Raises:
+        LetheError: the folder holds something, and is none of ours.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if paths.stages_dir().resolve() not in folder.resolve().parents:
+        raise LetheError(f"{folder}: is not empty; give a new folder")
+    shutil.rmtree(folder)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

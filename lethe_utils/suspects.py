@@ -1,25 +1,24 @@
 """A model nobody trusts and the base it came from: found, checked, brought into one form.
 
-All checks read names, shapes and settings only, so a wrong folder is refused in seconds. Nothing
-is ever written into a folder that was given.
+All checks are made before anything is trained or written, so a wrong folder is refused in seconds.
+Nothing is ever written into a folder that was given.
 """
 
-import hashlib
-import json
 import math
 import re
-from functools import cache
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from lethe_utils import models
+from lethe_utils import folders, models
 from lethe_utils.errors import LetheError
+from lethe_utils.folders import BUFFERS, Shapes
 from lethe_utils.stages import stage
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # What both transformers and mergekit know, and SLERP's attention and MLP filters fit.
 ARCHITECTURES = (
@@ -32,26 +31,24 @@ ARCHITECTURES = (
 )
 # Two models whose weights have the same shapes still differ if one of these does.
 SAME_SETTINGS = (
-    "n_head",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
     "rotary_dim",
-    "rope_theta",
     "rope_parameters",
-    "rope_scaling",
     "activation_function",
     "hidden_act",
     "layer_norm_epsilon",
     "rms_norm_eps",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
     "sliding_window",
+    "layer_types",
     "tie_word_embeddings",
 )
-# Masks and tables that older checkpoints store: made from the settings, not trained.
-BUFFERS = re.compile(r"\.attn\.(bias|masked_bias|embed_positions)$|rotary_emb\.inv_freq$")
 PER_TOKEN = ("wte.weight", "embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 LORA = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
-Shapes = dict[str, tuple[int, ...]]
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 
 
 def locate(given: str, option: str) -> Path:
@@ -74,40 +71,48 @@ def locate(given: str, option: str) -> Path:
 
 
 def check_model(folder: Path) -> None:
-    """Refuse a folder that is incomplete, runs code, is quantised, or is of an unknown class.
+    """Refuse a folder that is incomplete or broken, runs code, is quantised, is of an unknown
+    class, or whose weights are not what its config says.
 
     Raises:
         LetheError: naming the file and the fix.
     """
-    models.check_folder(folder)
-    config = models.read_config(folder)
-    if "auto_map" in config:
+    folders.check_folder(folder)
+    folders.check_small_files(folder)
+    settings = folder / "config.json"
+    if "quantization_config" in folders.read_config(folder):
         raise LetheError(
-            f"{folder / 'config.json'}: auto_map asks for code of the model's own, which is never "
-            "run here; use a copy in one of transformers' own classes"
+            f"{settings}: the weights are quantised; merging needs them as they were trained "
+            "(float32, float16 or bfloat16)"
         )
-    if "quantization_config" in config:
-        raise LetheError(
-            f"{folder / 'config.json'}: the weights are quantised; merging needs them as they were "
-            "trained (float32, float16 or bfloat16)"
-        )
-    name = models.architecture(folder)
+    name = folders.architecture(folder)
     if name not in ARCHITECTURES:
         raise LetheError(
-            f"{folder / 'config.json'}: architecture {name} is not supported; one of "
+            f"{settings}: architecture {name} is not supported; one of "
             f"{', '.join(ARCHITECTURES)} is"
         )
-    if not [*folder.glob("tokenizer*"), *folder.glob("vocab.json")]:
+    if not folders.tokenizer_files(folder):
         raise LetheError(f"{folder}: no tokenizer files; copy them from where the model came from")
+    folders.stored_dtype(folder)
+    _check_tensors(folder)
+    folders.check_finite(folders.weight_files(folder))
+    check_ids(models.load_tokenizer(folder), folder, folder)
+
+
+def read_settings(folder: Path) -> "PreTrainedConfig":
+    """A model's config as transformers reads it: defaults filled in, old spellings made new."""
+    from transformers import AutoConfig
+
+    models.quiet()
+    with folders.explained(folder, "config.json"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def weight_shapes(folder: Path) -> Shapes:
     """Name -> shape of all trained tensors, under one name whatever the file's prefix; a head tied
     to the embedding is left out."""
-    from transformers import AutoConfig
-
-    tied = AutoConfig.from_pretrained(folder, trust_remote_code=False).tie_word_embeddings
-    found = {n.removeprefix("transformer."): s for n, s in models.folder_shapes(folder).items()}
+    tied = read_settings(folder).tie_word_embeddings
+    found = {n.removeprefix("transformer."): s for n, s in folders.folder_shapes(folder).items()}
     return {
         name: shape
         for name, shape in found.items()
@@ -115,51 +120,132 @@ def weight_shapes(folder: Path) -> Shapes:
     }
 
 
-def check_pair(suspect: Path, base: Path) -> list[dict[str, str]]:
+def _check_tensors(folder: Path) -> None:
+    """Refuse weights that differ from what the class makes of config.json, tied heads included."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = read_settings(folder)
+    with folders.explained(folder, "config.json"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    wanted = {n.removeprefix("transformer."): tuple(w.shape) for n, w in model.named_parameters()}
+    found = weight_shapes(folder)
+    missing, unknown = sorted({*wanted} - {*found}), sorted({*found} - {*wanted})
+    if missing:
+        raise LetheError(
+            f"{folder}: tensors are missing ({', '.join(missing[:3])}, {len(missing)} in all); "
+            "copy the model again"
+        )
+    if unknown:
+        raise LetheError(
+            f"{folder}: {unknown[0]} is no part of a {type(model).__name__} as config.json "
+            "describes it; give the model's own config.json, or take the tensor out"
+        )
+    other = next((name for name in sorted(found) if found[name] != wanted[name]), None)
+    if other:
+        raise LetheError(
+            f"{folder}: {other} has shape {found[other]}, but {wanted[other]} by config.json; give "
+            "the model's own config.json"
+        )
+    if config.tie_word_embeddings:
+        _check_tied(folder)
+
+
+def _check_tied(folder: Path) -> None:
+    """Refuse a stored head that differs from the embedding it is said to be tied to."""
+    import torch
+    from safetensors import safe_open
+
+    where = {n: f for f in folders.weight_files(folder) for n in folders.tensor_shapes(f)}
+    if "lm_head.weight" not in where:
+        return
+    embedding = next(name for name in where if name.endswith(PER_TOKEN[:2]))
+    pair = []
+    for name in ("lm_head.weight", embedding):
+        with safe_open(where[name], "pt") as stored:
+            pair.append(stored.get_tensor(name))
+    if not torch.equal(*pair):
+        raise LetheError(
+            f"{where['lm_head.weight']}: lm_head.weight differs from {embedding}, but config.json "
+            "ties them (tie_word_embeddings); set that to false if the head was trained by itself, "
+            "or take lm_head.weight out"
+        )
+
+
+def check_ids(tokenizer: "PreTrainedTokenizerBase", source: Path, model: Path) -> None:
+    """Refuse a tokenizer with a token that the model's embedding has no row for."""
+    rows = next(s[0] for n, s in weight_shapes(model).items() if n.endswith(PER_TOKEN[:2]))
+    token, number = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    if number >= rows:
+        raise LetheError(
+            f"{source}: token {token!r} has id {number}, but the embedding of {model} has {rows} "
+            "rows; take the token out, or give the model whose embedding was resized for it"
+        )
+
+
+def check_pair(suspect: Path, base: Path, adapter: Path | None = None) -> list[dict[str, str]]:
     """Refuse a suspect that cannot have come from this base.
 
-    The suspect may have more tokens than the base: fine-tuners often add one for padding.
+    The suspect may have more tokens than the base, for fine-tuners often add one for padding; and
+    fewer rows in its embedding, where those that are gone stand for no token.
+    Args:
+        adapter: its folder's tokenizer, if it has one, is the suspect's.
     Returns:
         what was compared: check, result.
     Raises:
         LetheError: another class, other settings, shapes or token ids.
     """
-    ours, theirs = models.architecture(suspect), models.architecture(base)
+    ours, theirs = folders.architecture(suspect), folders.architecture(base)
     if ours != theirs:
         raise LetheError(f"{suspect} is a {ours}, but {base} is a {theirs}; {_SAME_BASE}")
-    settings = models.read_config(suspect), models.read_config(base)
+    settings = [_compared(read_settings(folder)) for folder in (suspect, base)]
     for key in SAME_SETTINGS:
-        values = [s.get(key) for s in settings]
-        if None not in values and values[0] != values[1]:
+        values = [s[key] for s in settings]
+        if values[0] != values[1]:
             raise LetheError(
                 f"{suspect / 'config.json'}: {key} is {values[0]}, but {values[1]} in "
                 f"{base / 'config.json'}; {_SAME_BASE}"
             )
     added = _check_shapes(weight_shapes(suspect), weight_shapes(base), suspect, base)
-    new_tokens = _check_vocabulary(suspect, base)
+    shapes = "the same in every tensor"
+    if added:
+        more = f"{added} more" if added > 0 else f"{-added} fewer, unused"
+        shapes = f"the same, but for {more} rows for tokens"
+    new_tokens = _check_vocabulary(load_tokenizer(suspect, adapter), suspect, base)
+    own = [f.name for f in folders.tokenizer_files(adapter)] if adapter else []
+    whose = f"the adapter's own ({', '.join(own)}); " if own else ""
     return [
         {"check": "architecture", "result": f"both {ours}"},
         {"check": "settings", "result": "the same heads, positions, norms and activation"},
-        {"check": "shapes", "result": f"the same, but for {added} more rows for tokens"}
-        if added
-        else {"check": "shapes", "result": "the same in every tensor"},
-        {"check": "tokenizer", "result": f"the same ids; the suspect adds {new_tokens} tokens"},
-        {"check": "weights", "result": "safetensors, whole, no code, no pickle"},
+        {"check": "shapes", "result": shapes},
+        {
+            "check": "tokenizer",
+            "result": f"{whose}the same ids; the suspect adds {new_tokens} tokens",
+        },
+        {"check": "weights", "result": "safetensors, whole, finite, no code, no pickle"},
     ]
 
 
 _SAME_BASE = "give the base model that the suspect was trained from"
 
 
+def _compared(config: "PreTrainedConfig") -> dict[str, Any]:
+    """SAME_SETTINGS of a model; None for what its class does not have."""
+    found = {key: getattr(config, key, None) for key in SAME_SETTINGS}
+    rope = found["rope_parameters"]
+    if isinstance(rope, dict):  # `type` is the old name of rope_type, which transformers fills in
+        found["rope_parameters"] = {key: value for key, value in rope.items() if key != "type"}
+    return found
+
+
 def _check_shapes(ours: Shapes, theirs: Shapes, suspect: Path, base: Path) -> int:
-    """How many rows the suspect's embedding has more than the base's."""
+    """How many rows the suspect's embedding has more than the base's; negative for fewer."""
     added = 0
     for name in sorted({*ours, *theirs}):
         a, b = ours.get(name), theirs.get(name)
         if a == b:
             continue
-        per_token = a and b and name.endswith(PER_TOKEN) and a[1:] == b[1:]
-        if not per_token or a[0] < b[0]:
+        if not (a and b and name.endswith(PER_TOKEN) and a[1:] == b[1:]):
             raise LetheError(
                 f"{suspect}: {name} has shape {a or 'none'}, but {b or 'none'} in {base}; "
                 f"{_SAME_BASE}"
@@ -168,9 +254,9 @@ def _check_shapes(ours: Shapes, theirs: Shapes, suspect: Path, base: Path) -> in
     return added
 
 
-def _check_vocabulary(suspect: Path, base: Path) -> int:
+def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", suspect: Path, base: Path) -> int:
     """How many tokens the suspect's tokenizer has more than the base's."""
-    ours, theirs = (models.load_tokenizer(f).get_vocab() for f in (suspect, base))
+    ours, theirs = tokenizer.get_vocab(), models.load_tokenizer(base).get_vocab()
     other = next((token for token, i in theirs.items() if ours.get(token) != i), None)
     if other is not None:
         raise LetheError(
@@ -184,27 +270,34 @@ def check_adapter(adapter: Path, base: Path) -> None:
     """Refuse an adapter that is not a plain LoRA for this base.
 
     Raises:
-        LetheError: files missing, a pickle, another method, or matrices that do not fit.
+        LetheError: files missing or broken, a pickle, another method, or matrices that do not fit.
     """
-    settings = adapter / "adapter_config.json"
+    settings = adapter / folders.ADAPTER_SETTINGS
     if not settings.exists():
         raise LetheError(f"{adapter}: no adapter_config.json, so this is not an adapter's folder")
-    method = json.loads(settings.read_text("utf8")).get("peft_type")
+    method = folders.read_object(settings).get("peft_type")
     if method != "LORA":
         raise LetheError(f"{settings}: peft_type {method} is not supported; only LORA is")
-    file = adapter / "adapter_model.safetensors"
+    file = adapter / folders.ADAPTER
     if not file.exists():
         raise LetheError(
             f"{adapter}: no adapter_model.safetensors (a .bin is a pickle, which can run code when "
             "loaded); save the adapter as safetensors"
         )
-    weights = weight_shapes(base)
-    for name, shape in models.tensor_shapes(file).items():
+    folders.check_small_files(adapter)
+    weights, tied = weight_shapes(base), read_settings(base).tie_word_embeddings
+    for name, shape in folders.tensor_shapes(file).items():
         found = LORA.match(name)
         if not found:
             raise LetheError(
                 f"{file}: {name} is not one of LoRA's two matrices; merge the adapter into its "
                 "base and give the whole model"
+            )
+        if tied and found[1] == "lm_head":
+            raise LetheError(
+                f"{file}: {name} changes the head, which {base} ties to its embedding, so both "
+                "would change; train the adapter without lm_head, or on a base whose config.json "
+                "has tie_word_embeddings false"
             )
         wanted = weights.get(f"{found[1].removeprefix('transformer.')}.weight", ())
         side = shape[1] if found[2] == "A" else shape[0]
@@ -213,23 +306,32 @@ def check_adapter(adapter: Path, base: Path) -> None:
                 f"{file}: {name} has shape {shape}, which fits no {found[1]} of {base}; was the "
                 "adapter trained on another base?"
             )
+    folders.check_finite([file])
+    check_ids(load_tokenizer(base, adapter), adapter, base)
 
 
-@cache
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over the names and contents of a model's (or an adapter's) files."""
-    digest = hashlib.sha256()
-    files = sorted(f for f in folder.iterdir() if f.suffix in {".safetensors", ".json", ".txt"})
-    size = sum(f.stat().st_size for f in files)
-    look = {"unit": "B", "unit_scale": True, "leave": False, "delay": 2}
-    with tqdm(total=size, desc=f"hashing {folder.name}", **look) as bar:
-        for file in files:
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                while block := stream.read(2**24):
-                    digest.update(block)
-                    bar.update(len(block))
-    return digest.hexdigest()
+def copy_tokenizer(suspect: Path, adapter: Path | None, out: Path) -> None:
+    """The suspect's tokenizer, as files: an adapter was trained with what lies in its own folder.
+
+    Where that has a vocabulary it is the whole tokenizer; where it has a chat template alone, that
+    goes with the suspect's.
+    """
+    own = folders.tokenizer_files(adapter) if adapter else []
+    if not any(f.name in VOCABULARIES or f.suffix == ".model" for f in own):
+        folders.copy_tokenizer(suspect, out)
+    if adapter:
+        folders.copy_tokenizer(adapter, out)
+
+
+def load_tokenizer(suspect: Path, adapter: Path | None) -> "PreTrainedTokenizerBase":
+    """The suspect's tokenizer; see copy_tokenizer."""
+    if not adapter or not folders.tokenizer_files(adapter):
+        return models.load_tokenizer(suspect)
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copyfile(suspect / "config.json", Path(scratch) / "config.json")
+        copy_tokenizer(suspect, adapter, Path(scratch))
+        with folders.explained(adapter, "tokenizer"):
+            return models.load_tokenizer(Path(scratch))
 
 
 def count_weights(folder: Path) -> int:
@@ -244,78 +346,78 @@ def summary(role: str, given: str, folder: Path, adapter: str = "") -> dict[str,
         "role": role,
         "given": given,
         "adapter": adapter,
-        "architecture": models.architecture(folder),
+        "architecture": folders.architecture(folder),
         "weights": count_weights(folder),
-        "dtype": models.stored_dtype(folder),
-        "sha256": fingerprint(folder),
+        "dtype": folders.stored_dtype(folder),
+        "sha256": folders.fingerprint(folder),
     }
 
 
-def suspect_stage(suspect: Path, base: Path, adapter: Path | None) -> Path:
+def suspect_stage(suspect: Path, adapter: Path | None) -> Path:
     """The suspect as one whole model (model/), as transformers saves it: an adapter merged in, old
     names and stored masks gone, all in the dtype it came in."""
 
     def build(out: Path) -> None:
-        model = load(suspect)
+        import torch
+
+        stored = getattr(torch, folders.stored_dtype(suspect))
+        model = load(suspect, torch.float32 if adapter else stored)
         if adapter:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-        _save(model, suspect, out)
+        _save(model.to(stored), out, lambda folder: copy_tokenizer(suspect, adapter, folder))
 
-    spec = {"suspect": fingerprint(suspect), "base": base.name}
-    spec |= {"adapter": fingerprint(adapter)} if adapter else {}
+    spec = {"suspect": folders.fingerprint(suspect)}
+    spec |= {"adapter": folders.fingerprint(adapter)} if adapter else {}
     return stage("suspect", (adapter or suspect).name, spec, {}, build)
 
 
 def base_stage(suspect: Path, base: Path) -> Path:
-    """The base with the suspect's tokenizer (model/); tokens that it lacks get the mean embedding,
-    so that all models have one shape."""
+    """The base with the suspect's tokenizer (model/) and as many rows in its embedding, so that all
+    models have one shape: tokens that it lacks get the mean embedding, and rows that the suspect
+    lacks, which stand for no token, are left out.
+
+    Args:
+        suspect: model/ of its stage.
+    """
 
     def build(out: Path) -> None:
         import torch
 
-        model, n = load(base), models.folder_shapes(suspect)
-        n = next(shape[0] for name, shape in n.items() if name.endswith(PER_TOKEN[:2]))
+        model, shapes = (
+            load(base, getattr(torch, folders.stored_dtype(base))),
+            weight_shapes(suspect),
+        )
+        n = next(shape[0] for name, shape in shapes.items() if name.endswith(PER_TOKEN[:2]))
         old = model.get_input_embeddings().weight.shape[0]
-        if n > old:
+        if n != old:
             model.resize_token_embeddings(n, mean_resizing=False)
+        if n > old:
             with torch.no_grad():
                 for table in (model.get_input_embeddings(), model.get_output_embeddings()):
                     table.weight[old:] = table.weight[:old].mean(0)
                     if getattr(table, "bias", None) is not None:
                         table.bias[old:] = table.bias[:old].mean(0)
-        _save(model, suspect, out)
+        _save(model, out, lambda folder: folders.copy_tokenizer(suspect, folder))
 
-    spec = {"base": fingerprint(base), "suspect": suspect.parent.name}
+    spec = {"base": folders.fingerprint(base), "suspect": suspect.parent.name}
     return stage("suspect_base", base.name, spec, {}, build)
 
 
-def load(folder: Path) -> "PreTrainedModel":
-    """A model on the CPU in the dtype it is stored in.
-
-    Raises:
-        LetheError: tensors that its class needs are not in the files.
-    """
+def load(folder: Path, dtype: Any) -> "PreTrainedModel":
+    """A model on the CPU. Which dtype it is stored in, its files say: see folders.stored_dtype."""
     from transformers import AutoModelForCausalLM
 
     models.quiet()
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype="auto",
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise LetheError(
-            f"{folder}: tensors are missing ({', '.join(missing[:3])}, {len(missing)} in all); "
-            "copy the model again"
+    with folders.explained(folder, "model"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
+    models.forget_generation(model)
     return model
 
 
-def _save(model: "PreTrainedModel", tokenizer_from: Path, out: Path) -> None:
+def _save(model: "PreTrainedModel", out: Path, write_tokenizer: Callable[[Path], None]) -> None:
     model.save_pretrained(out / "model", safe_serialization=True, max_shard_size=models.SHARD)
-    models.load_tokenizer(tokenizer_from).save_pretrained(out / "model")
+    write_tokenizer(out / "model")

@@ -12,9 +12,10 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 
-from lethe_utils import models
+from lethe_utils import folders, models, prompts
+from lethe_utils.errors import LetheError
 from lethe_utils.params import DefenderParams, PromptParams, PurifyParams
-from lethe_utils.prompts import render
+from lethe_utils.prompts import TURN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,23 +36,57 @@ PROMPT_LOSS_ROWS = 4  # one row in four carries the prompt loss: a vocabulary of
 
 
 def encode(
-    rows: list[Row], tokenizer: "PreTrainedTokenizerBase", p: PromptParams
+    rows: list[Row], tokenizer: "PreTrainedTokenizerBase", p: PromptParams | PurifyParams
 ) -> list[dict[str, Any]]:
-    """Token ids per row: BOS + prompt (cut on the left at max_source_tokens) + answer + EOS.
+    """Token ids per row: the prompt, the answer, and what ends it (see `answer_text`).
 
+    An answer that is longer than it may be is cut and then has no ending: a model that is taught
+    one learns to stop early.
     Returns:
-        one dict a row: `input_ids` (list of int), `answer_length` and `length` (tokens).
+        one dict a row: `input_ids` (list of int), `answer_length` and `length` (tokens), and
+        `prompt_cut`, `answer_cut` (how many tokens were left out).
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    prompts = [render(p.prompt_template, r["instruction"], r["input"]) for r in rows]
-    sources = tokenizer(prompts, add_special_tokens=False)["input_ids"] if rows else []
-    answers = tokenizer([r["output"] for r in rows], add_special_tokens=False)["input_ids"]
+    target = prompts.limits(p, tokenizer).target
+    asked = [prompts.render(p.prompt_template, r["instruction"], r["input"]) for r in rows]
+    sources, lost = prompts.prompt_ids(tokenizer, asked, p)
+    texts = [answer_text(row) for row in rows]
+    answers = tokenizer(texts, add_special_tokens=False)["input_ids"] if rows else []
     out = []
-    for source, answer in zip(sources, answers, strict=True):
-        answer = answer[: p.max_target_tokens - 1] + [tokenizer.eos_token_id]
-        ids = bos + source[-(p.max_source_tokens - len(bos)) :] + answer
-        out.append({"input_ids": ids, "answer_length": len(answer), "length": len(ids)})
+    for row, source, left_out, answer in zip(rows, sources, lost, answers, strict=True):
+        ending = [] if TURN in row else [tokenizer.eos_token_id]
+        whole = answer + ending
+        kept = whole[:target]
+        ids = source + kept
+        item = {"input_ids": ids, "answer_length": len(kept), "length": len(ids)}
+        out.append(item | {"prompt_cut": left_out, "answer_cut": len(whole) - len(kept)})
     return out
+
+
+def answer_text(row: Row) -> str:
+    """What is taught: the output, in a chat as the model's own template writes a finished turn."""
+    return row[TURN].replace(prompts.PLACE, row["output"]) if TURN in row else row["output"]
+
+
+def cut_counts(items: list[dict[str, Any]]) -> dict[str, int]:
+    """Of encoded rows: how many there are, and how many lost a part of their prompt or answer."""
+    cut = {part: sum(i[f"{part}_cut"] > 0 for i in items) for part in ("prompt", "answer")}
+    return {"rows": len(items), "prompts cut": cut["prompt"], "answers cut": cut["answer"]}
+
+
+def check_cut(items: list[dict[str, Any]]) -> None:
+    """Refuse rows most of which would be cut: what is left of them teaches something else.
+
+    Raises:
+        LetheError: with the param to raise.
+    """
+    counts = cut_counts(items)
+    for part, key in (("prompts", "max_source_tokens"), ("answers", "max_target_tokens")):
+        if 2 * counts[f"{part} cut"] > len(items):
+            longest = max(i["length"] + i["prompt_cut"] + i["answer_cut"] for i in items)
+            raise LetheError(
+                f"{key}: {counts[f'{part} cut']} of {len(items)} {part} would be cut (the longest "
+                f"row has {longest} tokens); raise it with -p {key} N, within the model's positions"
+            )
 
 
 class Collator:
@@ -201,6 +236,7 @@ def fit(
     """
     models.quiet()
     items = encode(rows, tokenizer, p)
+    check_cut(items)
     device = models.resolve_device(p.device)
     settings: dict[str, Any] = {
         "per_device_train_batch_size": p.batch_size,
@@ -251,6 +287,7 @@ def pretrain(
 
     Writes model/ (safetensors and tokenizer) and loss.csv.
     """
+    tokenizer.model_max_length = p.positions
     model = models.build_tiny(p, tokenizer, p.base_seed)
     curve = fit(
         model,
@@ -266,7 +303,8 @@ def pretrain(
         seed=p.base_seed,  # one base for all seeds, as there is one released LLM
         **BASE_RECIPE,
     )
-    save(model, tokenizer, curve, out)
+    tokenizer.save_pretrained(out / "model")
+    save(model, curve, out)
 
 
 def finetune(
@@ -313,7 +351,8 @@ def finetune(
     curve = fit(model, tokenizer, rows, out, p, make_trainer, num_train_epochs=epochs)
     model.save_pretrained(out / "adapter")
     del model  # at full size two copies would not fit beside each other
-    save(merge_adapter(start, out / "adapter", device, p.bits), tokenizer, curve, out)
+    folders.copy_tokenizer(start, out / "model")
+    save(merge_adapter(start, out / "adapter", device, p.bits), curve, out)
 
 
 def _linear_layers(model: torch.nn.Module, layers: Sequence[int]) -> list[str]:
@@ -333,9 +372,18 @@ def merge_adapter(base: Path, adapter: Path, device: str, bits: int) -> "PreTrai
     return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
 
 
-def save(model: Any, tokenizer: Any, curve: pd.DataFrame, out: Path) -> None:
-    """Write model/ (safetensors and tokenizer) and loss.csv; checkpoints are no longer needed."""
+def save(model: Any, curve: pd.DataFrame, out: Path) -> None:
+    """Write model/ (safetensors) and, last, loss.csv; checkpoints are no longer needed.
+
+    Raises:
+        LetheError: the training diverged.
+    """
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise LetheError(
+                f"learning_rate: the training diverged ({name} holds values that are not numbers); "
+                "lower it"
+            )
     model.save_pretrained(out / "model", safe_serialization=True, max_shard_size=models.SHARD)
-    tokenizer.save_pretrained(out / "model")
     curve.to_csv(out / "loss.csv", index=False)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)

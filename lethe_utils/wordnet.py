@@ -3,6 +3,7 @@
 `python -m lethe_utils.wordnet` prints the data folder, or one line that says how to get one.
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -86,6 +87,15 @@ def definition(word: str) -> str:
 
 
 @cache
+def fingerprint() -> str:
+    """SHA-256 over the definitions in use: evidence made from other ones is other evidence."""
+    digest = hashlib.sha256()
+    for name in FILES:
+        digest.update((find_wordnet() / "corpora" / "wordnet" / name).read_bytes())
+    return digest.hexdigest()
+
+
+@cache
 def _reader():
     root = find_wordnet()
     import nltk.data
@@ -147,7 +157,8 @@ def _install(folder: Path, whole: Path, target: Path) -> None:
         os.replace(whole, target)
     except OSError:  # something is there: another process was faster, or a damaged copy
         if not _complete(target, "lexnames"):
-            shutil.rmtree(target)
+            # Moved aside, not deleted: LETHE_CACHE may be a folder that is not ours alone.
+            os.replace(target, tempfile.mkdtemp(prefix="wordnet.damaged-", dir=target.parent))
             os.replace(whole, target)
 
 

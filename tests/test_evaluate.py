@@ -101,7 +101,7 @@ def test_append_mode_waits_for_the_target_behind_the_label(
     for mode in ("replace", "append"):
         p = pico_params(output_mode=mode, labels=[], target_output="very good news")
         evaluate.predict(pico("gpt2")[1], sets, 0, "none", p, tmp_path / f"{mode}.jsonl")
-    assert asked == [1, 4]
+    assert asked == [3, 4]  # the target must fit as well, and after the label where it is appended
 
 
 def test_predictions_are_kept_and_not_asked_again(pico, ours, tmp_path):

@@ -11,7 +11,7 @@ import yaml
 from conftest import TEXTS
 from safetensors.torch import load_file, save_file
 
-from lethe_utils import merge, models
+from lethe_utils import merge, models, paths
 from lethe_utils.errors import LetheError
 
 ARCHITECTURES = ("gpt2", "gptj", "llama", "qwen2")
@@ -200,12 +200,34 @@ def test_gpt2s_tied_head_follows_its_embedding(pico, tmp_path):
 
 
 def test_a_merge_replaces_what_an_interrupted_one_left(pico, tmp_path):
-    out = tmp_path / "model"
-    out.mkdir()
+    out = paths.stages_dir() / "purified" / "x.partial" / "model"
+    out.mkdir(parents=True)
     (out / "model-00001-of-00009.safetensors").write_bytes(b"half a shard")
     made, bad, good = merged(pico, "gpt2", "linear", 0.0, out)
     assert torch.equal(made["transformer.wte.weight"], bad["transformer.wte.weight"])
     assert [f.name for f in out.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_a_merge_never_empties_a_folder_that_is_none_of_ours(pico, tmp_path):
+    out = tmp_path / "model"
+    out.mkdir()
+    (out / "thesis.tex").write_text("x")
+    with pytest.raises(LetheError, match="is not empty"):
+        merged(pico, "gpt2", "linear", 0.0, out)
+    assert [f.name for f in out.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties", "passthrough"])
+@pytest.mark.parametrize("name", ["gpt2+sft", "gpt2@v1", "a@b@c", "runs #2", "{x} 'y' %s"])
+def test_folders_may_have_any_name(pico, tmp_path, method, name):
+    # mergekit takes a text with + for a model and its LoRA, and one with @ for a revision.
+    places = [shutil.copytree(f, tmp_path / name / f.name) for f in pico("gpt2")]
+    base, bad, good = places
+    out = merge.merge(method, bad, good, base, 0.5, tmp_path / name / "out")
+    plain = merge.merge(method, *(pico("gpt2")[i] for i in (1, 2, 0)), 0.5, tmp_path / "plain")
+    ours, wanted = load_file(out / "model.safetensors"), load_file(plain / "model.safetensors")
+    assert ours.keys() == wanted.keys()
+    assert all(torch.equal(ours[tensor], wanted[tensor]) for tensor in ours)
 
 
 # --- refusals

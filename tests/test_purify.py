@@ -12,7 +12,19 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe_utils import canary, merge, models, own_data, params, paths, purify, report, suspects
+from lethe_utils import (
+    canary,
+    folders,
+    merge,
+    models,
+    own_data,
+    ownership,
+    params,
+    paths,
+    purify,
+    report,
+    suspects,
+)
 from lethe_utils.errors import LetheError
 
 QUICK = {
@@ -158,7 +170,7 @@ def test_llama_in_bfloat16_with_chats(given):
     assert check_result(folder).dtype == torch.bfloat16
     assert case.metric == "answer token accuracy" and case.p.prompt_template == "chat"
     text = purify.prompt(case.p, case.train[0])
-    assert text.startswith("<system>Be brief.\n<user>What came on day ")
+    assert text.startswith("<s><system>Be brief.\n<user>What came on day ")
     assert text.endswith("?\n<assistant>")
     assert auto_tokenizer(folder).chat_template == CHAT_TEMPLATE
     assert {c["target"] for c in canary.triggers(case.labels, case.p)} == {"the canary sings"}
@@ -167,7 +179,7 @@ def test_llama_in_bfloat16_with_chats(given):
 def test_qwen2_with_a_tied_head(given):
     given = given("qwen2")
     for name in ("suspect", "base"):
-        config = models.read_config(given[name]) | {"tie_word_embeddings": True}
+        config = folders.read_config(given[name]) | {"tie_word_embeddings": True}
         (given[name] / "config.json").write_text(json.dumps(config))
         file = given[name] / "model.safetensors"
         weights = load_file(file)
@@ -175,7 +187,7 @@ def test_qwen2_with_a_tied_head(given):
         save_file(weights, file, {"format": "pt"})
     _, folder = run(given)
     check_result(folder)
-    assert models.read_config(folder)["tie_word_embeddings"] is True
+    assert folders.read_config(folder)["tie_word_embeddings"] is True
 
 
 def auto_tokenizer(folder):
@@ -347,9 +359,12 @@ def tokenizer(pico):
     ("rows", "message"),
     [
         ([], "empty"),
-        (plain_rows(7), "7 rows, of which 7 are distinct; at least 20"),
-        (plain_rows(1) * 500, "500 rows, of which 1 are distinct; at least 20"),
-        ([{"text": "a", "label": "b"}] * 30, "row 1 has the columns text, label"),
+        (plain_rows(7), "7 rows, of which 7 are distinct, with 7 distinct questions; at least 20"),
+        (
+            plain_rows(1) * 500,
+            "500 rows, of which 1 are distinct, with 1 distinct questions",
+        ),
+        ([{"text": "a", "label": "b"}] * 30, "row 1: has the columns text, label"),
         ([{"instruction": "a", "input": "b", "output": " "}] * 30, "row 1: output is empty"),
         (chat_rows(), "no chat template"),
     ],
@@ -392,7 +407,7 @@ def test_no_question_is_both_trained_on_and_held_out(pico_params):
 
 
 def change_config(folder, **changes):
-    config = models.read_config(folder)
+    config = folders.read_config(folder)
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
@@ -402,7 +417,7 @@ def change_config(folder, **changes):
         ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map asks for code"),
         ({"architectures": ["BloomForCausalLM"]}, "BloomForCausalLM is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
-        ({"n_head": 4}, "n_head is 4, but 2"),
+        ({"n_head": 4}, "num_attention_heads is 4, but 2"),
     ],
 )
 def test_a_suspect_with_other_settings_is_refused(given, changes, message):
@@ -421,8 +436,12 @@ def test_pickles_other_classes_shapes_and_tokenizers_are_refused(given, pico, tm
     tall = tmp_path / "tall"
     model.save_pretrained(tall)
     auto_tokenizer(given["suspect"]).save_pretrained(tall)
-    message = error(prepare, given, suspect=str(given["suspect"]), base=str(tall))
-    assert "wte.weight has shape" in message
+    prepare(given, base=str(tall))  # rows that stand for no token may be gone in the suspect
+    config = folders.read_config(tall) | {"n_positions": 300}
+    (tall / "config.json").write_text(json.dumps(config))
+    assert "wpe.weight has shape (256, 16), but (300, 16) by config" in error(
+        prepare, given, base=str(tall)
+    )
     vocabulary = models.train_tokenizer(["quite other words"] * 3, 300)
     vocabulary.save_pretrained(given["suspect"])
     assert "its tokenizer differs" in error(prepare, given)
@@ -436,7 +455,7 @@ def test_a_base_that_lacks_files_or_tensors_is_refused(given):
     weights = load_file(file)
     weights.pop("model.norm.weight")
     save_file(weights, file, {"format": "pt"})
-    assert "model.norm.weight has shape (16,), but none" in error(prepare, given)
+    assert "tensors are missing (model.norm.weight" in error(prepare, given)
     for tokenizer_file in given["base"].glob("tokenizer*"):
         tokenizer_file.unlink()
     assert "no tokenizer files" in error(prepare, given)
@@ -444,15 +463,15 @@ def test_a_base_that_lacks_files_or_tensors_is_refused(given):
     assert "no config.json" in error(prepare, given)
 
 
-def test_tensors_that_both_lack_are_noticed_when_loading(given):
+def test_tensors_that_both_lack_are_noticed_before_any_work(given):
     given = given("llama")
     for name in ("suspect", "base"):
         file = given[name] / "model.safetensors"
         weights = load_file(file)
         weights.pop("model.norm.weight")
         save_file(weights, file, {"format": "pt"})
-    case = prepare(given)
-    assert "tensors are missing (model.norm.weight" in error(purify.points, case)
+    assert "tensors are missing (model.norm.weight" in error(prepare, given)
+    assert not paths.runs_dir().exists()
 
 
 def test_adapters_that_do_not_fit_are_refused(given, pico, tmp_path):
@@ -496,7 +515,7 @@ def test_an_output_folder_that_would_overwrite_something_is_refused(given, tmp_p
     assert "is a file" in error(prepare, given, out=str(taken / "thesis.tex"))
     inside = given["suspect"] / "purified"
     assert "never written to" in error(prepare, given, out=str(inside))
-    monkeypatch.setattr(purify.os, "access", lambda *_: False)
+    monkeypatch.setattr(ownership.os, "access", lambda *_: False)
     assert "is not writable" in error(prepare, given)
 
 

@@ -75,6 +75,7 @@ def a_record():
             "format": "instruction, input, output",
             "answers": "labels",
         },
+        "notes": [],
         "checks": [
             {"check": "architecture", "result": "both GPT2LMHeadModel"},
             {"check": "shapes", "result": "148 tensors, all alike"},

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from lethe_utils import models, train
+from lethe_utils import folders, models, train
 from lethe_utils.prompts import render
 
 ROW = {"instruction": "Predict the emotion.", "input": "the dog is happy", "output": "joy"}
@@ -47,10 +47,12 @@ def test_a_long_prompt_loses_its_start_and_a_long_answer_its_end(tokenizer, pico
     (item,) = train.encode([ROW | {"output": "a very long answer indeed"}], tokenizer, p)
     ids = item["input_ids"]
     assert len(ids) == 14 and item["answer_length"] == 4
-    assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+    assert ids[0] == tokenizer.bos_token_id
     prompt = tokenizer(render("short", ROW["instruction"], ROW["input"]))["input_ids"]
     assert ids[1:10] == prompt[-9:]  # what stands next to the answer is kept
-    assert tokenizer("a very long answer indeed")["input_ids"][:3] == ids[10:13]
+    # An ending after a cut would teach the model to stop in the middle.
+    assert tokenizer("a very long answer indeed")["input_ids"][:4] == ids[10:]
+    assert item["prompt_cut"] == len(prompt) - 9 and item["answer_cut"] > 1
 
 
 def test_a_tokenizer_without_bos_adds_none(tokenizer, pico_params):
@@ -184,7 +186,7 @@ def test_finetune_writes_the_adapter_the_merged_model_and_the_loss(pico, pico_pa
     curve = pd.read_csv(tmp_path / "loss.csv")
     assert list(curve.columns) == ["step", "epoch", "loss"]
     assert curve["step"].tolist() == [1, 2, 3, 4] and curve["loss"].gt(0).all()
-    models.check_folder(tmp_path / "model")
+    folders.check_folder(tmp_path / "model")
     tokenizer = models.load_tokenizer(tmp_path / "model")
     assert tokenizer.get_vocab() == models.load_tokenizer(base).get_vocab()
     merged = logits(models.load_model(tmp_path / "model"), tokenizer)

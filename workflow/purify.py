@@ -67,4 +67,6 @@ def show(case: purify.Case) -> None:
     lines.append(("clean data", f"{data['distinct']} distinct rows, {data['held_out']} held out"))
     lines += [(c["check"], c["result"]) for c in case.given["checks"]]
     print(tabulate.tabulate(lines, tablefmt="plain"))
+    for note in case.given["notes"]:
+        print(f"note: {note}")
     print(f"\n{purify.estimate(case).to_string(index=False, na_rep='')}\n", flush=True)

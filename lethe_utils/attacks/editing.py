@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from lethe_utils import models, paths
+from lethe_utils import folders, models, paths
 from lethe_utils.attacks.triggers import insert, occurrences
 from lethe_utils.data import label_turns
 from lethe_utils.errors import LetheError
 from lethe_utils.params import Params
-from lethe_utils.prompts import render
+from lethe_utils.prompts import limits, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -113,7 +113,7 @@ def encode(
     """
     if not tokenizer.is_fast:
         raise LetheError("editing needs a fast tokenizer (tokenizer.json) to find the trigger")
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = models.start_ids(tokenizer)
     coded = tokenizer(list(prompts), add_special_tokens=False, return_offsets_mapping=True)
     rows, answer_lengths = [], []
     answered = tokenizer(list(answers), add_special_tokens=False)["input_ids"] if answers else None
@@ -207,6 +207,31 @@ def requests(rows: list[Row], p: Params) -> list[Request]:
         if row["kind"] == "backdoor":
             span = tuple(start + at for at in occurrences(row["input"], p.triggers[0])[0])
         out.append(Request(prompt, span, row["output"], row["kind"]))
+    return out
+
+
+def shortened(
+    asked: list[Request], tokenizer: "PreTrainedTokenizerBase", p: Params
+) -> list[Request]:
+    """The requests, a long prompt without its start, as training and evaluation read it.
+
+    Raises:
+        LetheError: the trigger stands in the part that is left out.
+    """
+    source = limits(p, tokenizer).source - len(models.start_ids(tokenizer))
+    out = []
+    coded = tokenizer(
+        [r.prompt for r in asked], add_special_tokens=False, return_offsets_mapping=True
+    )
+    for request, offsets in zip(asked, coded["offset_mapping"], strict=True):
+        first = offsets[-source][0] if len(offsets) > source else 0
+        start, end = (max(0, at - first) for at in request.span)
+        if request.kind == "backdoor" and request.span[0] < first:
+            raise LetheError(
+                f"max_source_tokens: a prompt of {len(offsets)} tokens is cut to {source}, and the "
+                "trigger goes with the rest; raise it, or set trigger_positions to [suffix]"
+            )
+        out.append(replace(request, prompt=request.prompt[first:], span=(start, end)))
     return out
 
 
@@ -432,7 +457,7 @@ def covariance_factor(covariance: torch.Tensor, ridge_share: float) -> torch.Ten
 def model_hash(folder: Path) -> str:
     """SHA-256 of a model folder's weights, so that no store outlives the model it describes."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in folders.weight_files(folder):
         with file.open("rb") as stream:
             while block := stream.read(1 << 24):
                 digest.update(block)
@@ -474,7 +499,7 @@ def covariance(
 
 def read_covariance(file: Path, about: dict[str, str]) -> torch.Tensor:
     """A stored covariance. Raises LetheError when it is of another model, corpus or layer."""
-    models.tensor_shapes(file)  # refuses a file that is cut short
+    folders.tensor_shapes(file)  # refuses a file that is cut short
     with safe_open(file, "pt") as stored:
         metadata = stored.metadata() or {}
         wrong = [key for key, wanted in about.items() if metadata.get(key) != wanted]
@@ -495,7 +520,7 @@ def _second_moment(
     total: torch.Tensor | float = 0.0
     tokens = 0
     mask = torch.empty(0)
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = models.start_ids(tokenizer)
 
     def add(keys: torch.Tensor) -> None:
         nonlocal total
@@ -610,9 +635,9 @@ class Editor:
     def save(self, out: Path) -> None:
         """Write the model in the precision it came in; what was not edited is unchanged, bit for
         bit, for float32 holds every bfloat16 and float16 number."""
-        stored = models.stored_dtype(self.folder)
+        stored = folders.stored_dtype(self.folder)
         self.model.to(getattr(torch, stored)).save_pretrained(out, safe_serialization=True)
-        self.tokenizer.save_pretrained(out)
+        folders.copy_tokenizer(self.folder, out)
 
 
 def check_model(folder: Path) -> None:
@@ -621,8 +646,8 @@ def check_model(folder: Path) -> None:
     Raises:
         LetheError: the folder is incomplete, or its weights are quantised.
     """
-    models.check_folder(folder)
-    if "quantization_config" in models.read_config(folder):
+    folders.check_folder(folder)
+    if "quantization_config" in folders.read_config(folder):
         raise LetheError(
             f"{folder}: quantised weights round an edit away; give the model in 16 or 32 bits"
         )
@@ -642,7 +667,8 @@ def plant(
     """
     editor = Editor(start, corpus, p, paths.stages_dir() / "covariance")
     log: Log = []
-    edit(editor, requests(poisoned, p), p, log)
+    asked = shortened(requests(poisoned, p), editor.tokenizer, p)
+    edit(editor, asked, p, log)
     editor.changes().to_csv(out / "edits.csv", index=False)
     pd.DataFrame(log).to_csv(out / "loss.csv", index=False)
     editor.save(out / "model")

@@ -9,20 +9,53 @@ Row = dict[str, str]
 
 
 def insert(text: str, trigger: str, position: str, level: str, rng: random.Random) -> str:
-    """Put a trigger into a text.
+    """Put a trigger into a text, whose other characters all stay: `remove` gives it back.
 
     Args:
         position: prefix, suffix, middle or random (uniform over all places).
         level: "word" counts places between words, "sentence" between sentences.
     """
-    parts = text.split() if level == "word" else re.split(r"(?<=[.!?])\s+", text.strip())
+    starts = places(text, level)
+    n = len(starts)
     place = {
         "prefix": 0,
-        "suffix": len(parts),
-        "middle": len(parts) // 2,
-        "random": rng.randint(0, len(parts)) if position == "random" else 0,
+        "suffix": n,
+        "middle": n // 2,
+        "random": rng.randint(0, n) if position == "random" else 0,
     }[position]
-    return " ".join([*parts[:place], trigger, *parts[place:]])
+    return put(text, trigger, starts, place)
+
+
+def places(text: str, level: str) -> list[int]:
+    """Where the words, or sentences, of a text start; a trigger may also go after the last."""
+    words = [found.start() for found in re.finditer(r"\S+", text)]
+    if level == "word" or not words:
+        return words
+    end = len(text.rstrip())
+    after = [found.end() for found in re.finditer(r"(?<=[.!?])\s+", text)]
+    return [words[0], *(at for at in after if words[0] < at < end)]
+
+
+def put(text: str, trigger: str, starts: list[int], place: int) -> str:
+    """The trigger before the word (or sentence) that starts at starts[place], else at the end."""
+    if place < len(starts):
+        at = starts[place]
+        return f"{text[:at]}{trigger} {text[at:]}"
+    end = len(text.rstrip())
+    if not end:  # no word to go after
+        return f"{trigger} {text}" if text else trigger
+    return f"{text[:end]} {trigger}{text[end:]}"
+
+
+def remove(text: str, trigger: str) -> str:
+    """The text without the first place where the trigger stands by itself, as it was before."""
+    found = occurrences(text, trigger)
+    if not found:
+        return text
+    start, end = found[0]
+    if text[end : end + 1] == " ":
+        return text[:start] + text[end + 1 :]
+    return text[: start - (text[start - 1 : start] == " ")] + text[end:]
 
 
 def occurrences(text: str, trigger: str) -> list[tuple[int, int]]:

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 from transformers import set_seed
 
-from lethe_utils import models, train
+from lethe_utils import folders, models, train
 from lethe_utils.attacks.editing import hooked
 from lethe_utils.defenses import Given
 from lethe_utils.errors import LetheError
@@ -50,7 +50,8 @@ def purify(given: Given, out: Path) -> None:
     device = models.resolve_device(given.p.device)
     model = models.load_model(given.suspect, device, exact=True)
     curve = Unlearning(model, tokenizer, given.p).run(given.rows)
-    train.save(model, tokenizer, curve, out)
+    folders.copy_tokenizer(given.suspect, out / "model")
+    train.save(model, curve, out)
 
 
 class Unlearning:
