@@ -7,7 +7,12 @@
 #   ./run_all.sh tables                  tables and figures from the committed results
 #   ./run_all.sh test [pytest options]   all tests
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+here="${BASH_SOURCE[0]}"
+while [ -L "$here" ]; do  # a link to this file stands for the checkout it points to
+    link="$(readlink "$here")"
+    case "$link" in /*) here="$link" ;; *) here="$(dirname "$here")/$link" ;; esac
+done
+root="$(cd "$(dirname "$here")" && pwd -P)"
 export LETHE_ROOT="$root" TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 export PYTHONWARNINGS=ignore
 # OpenMP's threads spin while they wait; beside any other busy program that can slow a tiny model

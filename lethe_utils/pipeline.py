@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from lethe_utils import attacks, data, defenses, evidence, folders, models
+from lethe_utils import attacks, data, defenses, evidence, folders, models, wordnet
 from lethe_utils.errors import LetheError
 from lethe_utils.params import (
     AttackParams,
@@ -77,6 +77,33 @@ def prompt(p: Params, row: Row, n_keywords: int = 0) -> str:
     return render(p.prompt_template, row["instruction"], text)
 
 
+def cut_rows(p: Params) -> pd.DataFrame:
+    """Rows that are longer than the params or the model's positions allow, and inputs that get no
+    evidence because WordNet lacks their language: a line each for train, validation and test, and
+    for the test prompts with evidence.
+
+    Raises:
+        LetheError: most prompts or answers of train would be cut.
+    """
+    from lethe_utils import train
+
+    tokenizer, table = models.load_tokenizer(base_folder(p)), {}
+    asked = {name: split(p, name) for name in SPLITS[1:]}
+    if p.n_keywords:
+        asked["test + evidence"] = [
+            row | {"input": evidence.add_evidence(row["input"], p.n_keywords)}
+            for row in asked["test"]
+        ]
+    for name, rows in asked.items():
+        items = train.encode(rows, tokenizer, p)
+        if name == "train":
+            train.check_cut(items)
+        table[name] = train.cut_counts(items)
+    foreign = sum(evidence.is_foreign(row["input"]) for row in asked["test"])
+    out = pd.DataFrame(table).T
+    return out.assign(**{"no evidence": [foreign if "evidence" in n else "" for n in out.index]})
+
+
 def loss_curve(folder: Path) -> pd.DataFrame:
     """The loss of a training stage: step, epoch, loss (nats per token)."""
     return pd.read_csv(folder / "loss.csv")
@@ -112,6 +139,7 @@ def base_folder(p: Params) -> Path:
     sources = {"data": data_stage(p)}
     label = f"{p.model}-{p.dataset_name}"
     spec = p.part(BaseModelParams, PromptParams) | _device(p)
+    spec |= {"wordnet": wordnet.fingerprint()} if p.base_evidence_share else {}
     return stage("base", label, spec, sources, build) / "model"
 
 
@@ -405,6 +433,7 @@ def predictions_file(
         "eval_batch_size": p.eval_batch_size,  # bfloat16 sums differ with the batch
         "seed": p.seed,
     }
+    spec |= {"wordnet": wordnet.fingerprint()} if n_keywords else {}
     source = c.folder.parent if c.folder.name == "model" else c.folder
     inputs = {"data": data_stage(p), "model": source}
     if c.respond:

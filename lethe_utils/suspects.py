@@ -287,17 +287,17 @@ def check_adapter(adapter: Path, base: Path) -> None:
     folders.check_small_files(adapter)
     weights, tied = weight_shapes(base), read_settings(base).tie_word_embeddings
     for name, shape in folders.tensor_shapes(file).items():
+        if tied and name.startswith("base_model.model.lm_head."):
+            raise LetheError(
+                f"{file}: {name} changes the head, which {base} ties to its embedding, so both "
+                "would change; train the adapter without lm_head, or on a base whose config.json "
+                "has tie_word_embeddings false"
+            )
         found = LORA.match(name)
         if not found:
             raise LetheError(
                 f"{file}: {name} is not one of LoRA's two matrices; merge the adapter into its "
                 "base and give the whole model"
-            )
-        if tied and found[1] == "lm_head":
-            raise LetheError(
-                f"{file}: {name} changes the head, which {base} ties to its embedding, so both "
-                "would change; train the adapter without lm_head, or on a base whose config.json "
-                "has tie_word_embeddings false"
             )
         wanted = weights.get(f"{found[1].removeprefix('transformer.')}.weight", ())
         side = shape[1] if found[2] == "A" else shape[0]

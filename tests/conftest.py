@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import settings
 
 from lethe_utils import models, params
 
+# The same examples on every run, no files of its own, and no deadline on a busy machine.
+settings.register_profile("same", derandomize=True, database=None, deadline=None)
+settings.load_profile("same")
 # Small enough to train, merge and load in milliseconds; one layer per anchor of SLERP's curve.
 PICO = {
     "n_layers": 5,

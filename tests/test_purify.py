@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -557,3 +559,371 @@ def test_classes_beyond_the_papers_are_purified_too(tmp_path, name):
         given[role] = tmp_path / role
     _, folder = run(given | {"out": tmp_path / "out"})
     check_result(folder)
+
+
+# --- what decides a result is in its key; what was not asked for is in none
+
+
+def test_an_edited_chat_template_makes_new_stages(given):
+    given = given("llama", chat_rows())
+    for name in ("suspect", "base"):
+        (given[name] / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    first = purify.suspect_model(prepare(given)), purify.base_model(prepare(given))
+    assert purify.suspect_model(prepare(given)) == first[0]
+    (given["suspect"] / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("<{{", "[{{"))
+    second = purify.suspect_model(prepare(given)), purify.base_model(prepare(given))
+    assert not {*first} & {*second}
+    assert auto_tokenizer(second[1] / "model").chat_template.startswith("{{ bos_token }}{% for")
+
+
+def test_bos_that_is_null_is_none_in_every_stage(given):
+    given = given("llama")
+    for name in ("suspect", "base"):
+        file = given[name] / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"bos_token": None}))
+        assert folders.read_config(given[name])["bos_token_id"] is not None
+    case = prepare(given)
+    clean = purify.clean_model(case)
+    merged = purify.merged(case, purify.suspect_model(case) / "model", 0.5, clean.parent / "m")
+    for folder in (given["suspect"], purify.base_model(case) / "model", clean / "model", merged):
+        assert models.start_ids(auto_tokenizer(folder)) == []
+
+
+def test_add_bos_token_false_means_none_and_a_chat_template_may_still_write_it(pico, tmp_path):
+    folder = shutil.copytree(pico("llama")[0], tmp_path / "model")
+    assert models.start_ids(auto_tokenizer(folder)) == [1]
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"add_bos_token": False}))
+    tokenizer = auto_tokenizer(folder)
+    assert models.start_ids(tokenizer) == [] and tokenizer.bos_token == "<s>"
+
+
+def test_generation_settings_of_a_suspect_do_not_answer_for_us(pico, tmp_path):
+    folder = shutil.copytree(pico("gpt2")[0], tmp_path / "model")
+    odd = {"repetition_penalty": 50.0, "num_beams": 3, "do_sample": False, "temperature": 0.1}
+    (folder / "generation_config.json").write_text(json.dumps(odd))
+    model = models.load_model(folder)
+    assert model.generation_config.repetition_penalty in (None, 1.0)
+    assert model.generation_config.num_beams in (None, 1)
+    model.save_pretrained(tmp_path / "saved")  # transformers refuses to save what it loaded
+
+
+# --- a suspect with nothing to keep, labels that begin alike, room for long ones
+
+
+def test_a_suspect_that_answers_nothing_right_is_refused_before_training(given, monkeypatch):
+    monkeypatch.setattr("lethe_utils.train.finetune", None)  # would raise when called
+    case = prepare(given(), overrides=QUICK | {"max_cda_loss": 0.5})
+    assert "there is nothing to keep" in error(purify.points, case)
+    assert not (paths.stages_dir() / "clean_model").exists()
+
+
+def alike(case):
+    labels = ["yes", "yes but late"]
+    return purify.Case(**{**vars(case), "labels": labels})
+
+
+def test_the_longest_label_that_matches_counts_in_cda_and_in_the_canary(finished):
+    case = alike(finished[1])
+    rows = [("yes but late", "yes but late"), ("yes", "yes but late"), ("yes", "yes")]
+    asked = [{"kind": "clean", "label": label, "output": output} for label, output in rows]
+    assert purify.performance(case, asked)["value"] == pytest.approx(2 / 3)
+    planted = [{"kind": "suffix", "target": "yes", "output": output} for _, output in rows]
+    assert purify.canary_scores(case, planted)["suffix"]["value"] == pytest.approx(1 / 3)
+
+
+def test_there_is_room_for_the_longest_label(given, monkeypatch):
+    asked = []
+    rows = [
+        r | {"output": r["output"] + " of the utterly unpronounceable kind"} for r in plain_rows()
+    ]
+    case = prepare(given(rows=rows), overrides=QUICK | {"max_new_tokens": 2})
+    tokens = max(len(auto_tokenizer(case.suspect)(label)["input_ids"]) for label in case.labels)
+    monkeypatch.setattr(
+        "lethe_utils.evaluate.answer", lambda *a, **_: asked.append(a[3]) or [""] * len(a[2])
+    )
+    purify.measured(case, "suspect", 0.0)
+    assert tokens > 19 and asked[0].max_new_tokens > tokens
+
+
+# --- rows too long
+
+
+def test_cut_rows_are_counted_said_and_refused_when_most_are(given, capsys):
+    rows = plain_rows()
+    rows[0]["input"] = "so " * 300
+    long = given(rows=rows)
+    case = prepare(long)
+    assert case.given["data"]["prompts_cut"] == 1 and case.given["data"]["answers_cut"] == 0
+    assert case.given["notes"] == [
+        "1 of 40 prompts are too long and lose their start (max_source_tokens)."
+    ]
+    write_rows(
+        long["suspect"].parent / "clean.jsonl",
+        [r | {"input": f"{r['input']} so" * 200} for r in rows],
+    )
+    assert "40 of 40 prompts would be cut" in error(prepare, long)
+    rows = [r | {"output": "a word after another " * 30 + r["input"]} for r in plain_rows()]
+    write_rows(paths.Path(file), rows)
+    assert "40 of 40 answers would be cut" in error(prepare, long)
+
+
+def test_inputs_and_answers_that_exceed_gpt2s_positions_together_are_cut_alike(given):
+    rows = [
+        {
+            "instruction": "Go on.",
+            "input": "so " * (250 if i < 5 else 9) + str(i),
+            "output": f"and {i} " * 5,
+        }
+        for i in range(40)
+    ]
+    case, folder = run(given(rows=rows), overrides=QUICK | {"max_source_tokens": 400})
+    assert case.metric == "answer token accuracy" and case.given["data"]["prompts_cut"] == 5
+    check_result(folder)
+
+
+# --- what a folder says and what it holds
+
+
+def test_float32_weights_stay_float32_though_the_config_says_float16(given):
+    given = given()
+    for name in ("suspect", "base"):
+        change_config(given[name], dtype="float16", torch_dtype="float16")
+    case = prepare(given)
+    ours = load_file(purify.suspect_model(case) / "model" / "model.safetensors")
+    theirs = load_file(given["suspect"] / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert [m["dtype"] for m in case.given["models"]] == ["float32"] * 2
+
+
+@pytest.mark.parametrize("role", ["suspect", "base"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_refused(given, role, value):
+    given = given("llama")
+    file = given[role] / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.2.mlp.up_proj.weight"][0, 0] = value
+    save_file(weights, file, {"format": "pt"})
+    assert "model.layers.2.mlp.up_proj.weight holds 1 values" in error(prepare, given)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "refused"),
+    [
+        ({"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}, False),
+        ({"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 4.0}, True),
+        ({"rope_type": "linear", "factor": 2.0}, None, True),
+        (None, None, False),
+    ],
+)
+def test_positions_are_compared_as_transformers_reads_them(given, ours, theirs, refused):
+    given = given("llama")
+    for name, scaling in (("suspect", ours), ("base", theirs)):
+        config = folders.read_config(given[name])
+        config.pop("rope_parameters", None)
+        config |= {"rope_theta": 10000.0} | ({"rope_scaling": scaling} if scaling else {})
+        (given[name] / "config.json").write_text(json.dumps(config))
+    if refused:
+        assert "rope_parameters is" in error(prepare, given)
+    else:
+        prepare(given)
+
+
+def tie(folder, **changed):
+    change_config(folder, tie_word_embeddings=True)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    for name, row in changed.items():
+        weights[f"{name}.weight"][row] += 1
+    save_file(weights, file, {"format": "pt"})
+
+
+def test_a_stored_head_that_is_not_what_it_is_tied_to_is_refused_at_once(given):
+    given = given("qwen2")
+    for name in ("suspect", "base"):
+        tie(given[name])
+    prepare(given)  # a copy of the embedding does no harm
+    tie(given["suspect"], lm_head=3)
+    message = error(prepare, given)
+    assert "lm_head.weight differs from model.embed_tokens.weight" in message
+    assert "tie_word_embeddings" in message
+
+
+def test_an_adapter_on_a_tied_head_is_refused_for_that_reason(given, tmp_path):
+    given = given("qwen2")
+    tie(given["base"])
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    get_peft_model(models.load_model(given["base"]), config).save_pretrained(tmp_path / "adapter")
+    message = error(prepare, given, suspect=str(given["base"]), adapter=str(tmp_path / "adapter"))
+    assert "ties to its embedding" in message and "another base" not in message
+
+
+def test_rows_that_stand_for_no_token_may_be_gone(given):
+    given = given("llama")
+    model, tokenizer = models.load_model(given["base"]), auto_tokenizer(given["base"])
+    model.resize_token_embeddings(320, mean_resizing=False)
+    model.save_pretrained(given["base"])
+    case, folder = run(given)
+    assert any("20 fewer, unused rows" in c["result"] for c in case.given["checks"])
+    assert check_result(folder).config.vocab_size == len(tokenizer) == 300
+
+
+def test_a_token_without_a_row_is_refused(given):
+    given = given()
+    tokenizer = auto_tokenizer(given["suspect"])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(given["suspect"])
+    message = error(prepare, given)
+    assert "token '[PAD]' has id 300, but the embedding" in message and "300 rows" in message
+
+
+def test_a_config_of_another_size_is_refused(given):
+    given = given("llama")
+    for name in ("suspect", "base"):
+        change_config(given[name], num_hidden_layers=7)
+    assert "tensors are missing" in error(prepare, given)
+
+
+def test_an_adapters_own_tokenizer_is_used(given, tmp_path):
+    given = given("gptj", chat_rows())
+    adapter = lora(given["base"], tmp_path / "adapter")
+    (adapter / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    words = {"suspect": str(given["base"]), "adapter": str(adapter)}
+    case = prepare(given, **words)  # the base itself has no chat template
+    assert case.p.prompt_template == "chat"
+    assert any(
+        "the adapter's own (chat_template.jinja)" in c["result"] for c in case.given["checks"]
+    )
+    for folder in (purify.suspect_model(case), purify.base_model(case)):
+        assert auto_tokenizer(folder / "model").chat_template == CHAT_TEMPLATE
+    tokenizer = auto_tokenizer(given["base"])
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(adapter)
+    assert "token '<more>' has id 300" in error(prepare, given, **words)
+
+
+# --- rows of other shapes
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "a", "input": "b", "output": ["a", "b"]}, "row 3: output is a list"),
+        ({"instruction": "a", "input": {"x": 1}, "output": "b"}, "row 3: input is a dict"),
+        ({"instruction": "a", "input": "\ud83d", "output": "b"}, "row 3: input holds half a"),
+        (
+            {"instruction": "a", "input": "\ue000", "output": "b"},
+            "row 3: holds the character U+E000",
+        ),
+        ({"instruction": None, "input": "b", "output": "c"}, "row 3: instruction is empty"),
+    ],
+)
+def test_rows_of_other_shapes_are_refused_with_their_number(tmp_path, tokenizer, row, message):
+    rows = plain_rows()
+    rows[2] = row
+    file = tmp_path / "clean.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf8")
+    assert message in error(own_data.read, file, tokenizer)
+
+
+def test_rows_that_share_one_question_are_refused(tmp_path, tokenizer):
+    rows = [{"instruction": "a", "input": "b", "output": f"c {i}"} for i in range(30)]
+    file = tmp_path / "clean.jsonl"
+    write_rows(file, rows)
+    assert "with 1 distinct questions" in error(own_data.read, file, tokenizer)
+
+
+def test_chats_in_parquet_are_read_as_from_jsonl(tmp_path, tokenizer):
+    import pandas as pd
+
+    tokenizer.chat_template = CHAT_TEMPLATE
+    write_rows(tmp_path / "clean.jsonl", chat_rows())
+    pd.DataFrame(chat_rows()).to_parquet(tmp_path / "clean.parquet")
+    wanted = own_data.read(tmp_path / "clean.jsonl", tokenizer)
+    assert own_data.read(tmp_path / "clean.parquet", tokenizer) == wanted
+
+
+def test_a_template_that_refuses_a_row_is_said_with_its_number(tmp_path, tokenizer):
+    tokenizer.chat_template = (
+        "{% if messages | length > 1 and messages[1].role == 'user' %}"
+        "{{ raise_exception('turns must alternate') }}{% endif %}" + CHAT_TEMPLATE
+    )
+    rows = [{"messages": r["messages"][1:]} for r in chat_rows()]
+    rows[6]["messages"].insert(0, {"role": "user", "content": "Hello?"})
+    write_rows(tmp_path / "clean.jsonl", rows)
+    message = error(own_data.read, tmp_path / "clean.jsonl", tokenizer)
+    assert "row 7: the chat template refuses this conversation (turns must alternate)" in message
+
+
+ROLES = st.sampled_from(["system", "user", "assistant", "tool", "", None, 3])
+CONTENT = st.one_of(st.text(max_size=20), st.none(), st.integers(), st.lists(st.text(max_size=3)))
+MESSAGES = st.lists(
+    st.fixed_dictionaries({}, optional={"role": ROLES, "content": CONTENT}), max_size=5
+)
+
+
+@hypothesis.settings(max_examples=150, suppress_health_check=[*hypothesis.HealthCheck])
+@hypothesis.given(messages=st.one_of(MESSAGES, st.text(max_size=5), st.none()))
+def test_any_chat_row_is_read_or_refused_with_its_number(tmp_path, tokenizer, messages):
+    tokenizer.chat_template = CHAT_TEMPLATE
+    rows = [*chat_rows(), {"messages": messages}]
+    file = tmp_path / "clean.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf8")
+    try:
+        read, n, chat = own_data.read(file, tokenizer)
+    except LetheError as refused:
+        assert ": row 41: " in str(refused) and "\n" not in str(refused)
+    else:
+        assert chat and n == 41
+        last = read[-1]
+        finished = last["instruction"].replace("\ue000", last["input"]) + last["turn"].replace(
+            "\ue000", last["output"]
+        )
+        assert finished.startswith(tokenizer.apply_chat_template(messages, tokenize=False))
+
+
+# --- folders of any name
+
+
+@pytest.mark.parametrize("name", ["gpt2+sft@v1", "runs #2 {x} %s 'q' \"d\" $HOME", "n" * 240])
+def test_models_runs_and_data_may_lie_below_folders_of_any_name(pico, tmp_path, monkeypatch, name):
+    root = tmp_path / name
+    base, suspect, _ = pico("gpt2")
+    given = {"suspect": root / f"s{name}"[:250], "base": root / f"b{name}"[:250]}
+    for role, source in (("suspect", suspect), ("base", base)):
+        shutil.copytree(source, given[role])
+    monkeypatch.setenv("LETHE_RUNS", str(root / "runs"))
+    file = write_rows(root / "a+b.jsonl", plain_rows())
+    _, folder = run(given | {"clean_data": file, "out": root / f"o{name}"[:250]})
+    check_result(folder)
+
+
+@hypothesis.settings(max_examples=25, suppress_health_check=[*hypothesis.HealthCheck])
+@hypothesis.given(
+    name=st.text(
+        st.characters(exclude_characters="/\0", codec="utf8"), min_size=1, max_size=30
+    ).filter(lambda name: name not in {".", ".."})
+)
+def test_a_merge_takes_any_name_a_file_system_allows(pico, tmp_path_factory, name):
+    root = tmp_path_factory.mktemp("named")
+    base, suspect, clean = (shutil.copytree(f, root / name / f.name) for f in pico("gpt2"))
+    out = merge.merge("linear", suspect, clean, base, 0.0, root / name / "out")
+    ours, theirs = (load_file(f / "model.safetensors") for f in (out, suspect))
+    assert all(torch.equal(ours[tensor], theirs[tensor]) for tensor in ours)
+
+
+def test_a_refusal_on_the_command_line_is_one_line_and_changes_nothing(given, tmp_path):
+    given = given()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.json").write_text('{"of": "another program"}')
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    before = hashes(given["suspect"], given["base"], tmp_path / "out")
+    words = ["--suspect", given["suspect"], "--base", given["base"], "--out", given["out"]]
+    words += ["--clean-data", given["clean_data"]]
+    command = [sys.executable, paths.root() / "workflow" / "run.py", "purify", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+    assert hashes(given["suspect"], given["base"], tmp_path / "out") == before
+    assert not paths.runs_dir().exists()

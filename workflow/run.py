@@ -129,6 +129,7 @@ def check(p: params.Params) -> None:
     pipeline.data_stage(p)
     if not p.is_tiny:
         pipeline.base_folder(p)
+        print(f"{pipeline.cut_rows(p).to_string()}\n", flush=True)
     pipeline.check_attack(p)
 
 
@@ -140,7 +141,9 @@ def write_changed(path: Path, text: str) -> None:
 
 def environment() -> dict[str, str]:
     """papermill and its kernel come from this Python's environment, active or not."""
-    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # The Snakefile reads LETHE_ROOT: given as --config, Snakemake would drop all after a ` #`.
+    return os.environ | {"PATH": path, "LETHE_ROOT": str(paths.root())}
 
 
 def snakemake(folder: Path, cores: int, lock: int) -> bool:
@@ -159,7 +162,6 @@ def snakemake(folder: Path, cores: int, lock: int) -> bool:
     ]
     command += ["--directory", folder, "--cores", str(cores), "--resources", f"gpu={gpu_slots()}"]
     command += ["--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input"]
-    command += ["--config", f"root={paths.root()}", f"run={folder}"]
     locks = folder / ".snakemake" / "locks"
     if locks.exists() and any(locks.iterdir()):  # a killed run; our own lock says it is gone
         subprocess.run([*command, "--unlock"], capture_output=True, env=environment())
@@ -254,7 +256,9 @@ def print_table(file: Path) -> None:
 
 
 def show(p: params.Params, folder: Path, resolved: str) -> int:
-    """--dry-run: the resolved params and what is left to do."""
+    """--dry-run: the resolved params, what is left to do, and how many rows would be cut."""
+    from lethe_utils import pipeline
+
     file = folder / RESOLVED
     current = file.exists() and file.read_text("utf8") == resolved
     done = [step for step in STEPS if current and (folder / "done" / step).exists()]
@@ -262,6 +266,10 @@ def show(p: params.Params, folder: Path, resolved: str) -> int:
     print(f"run {p.run_id} -> {folder}")
     for step in STEPS:
         print(f"  {step}: {'finished' if step in done else 'to do'}")
+    if "01_data" in done:
+        print(pipeline.cut_rows(p).to_string())
+    else:
+        print("rows that are too long: 01_data counts them, with the model's tokenizer")
     if not p.is_tiny:
         print("GPU memory, estimated from the number of weights (GiB):")
         for name in p.defenses:
@@ -273,10 +281,11 @@ def released_tables() -> int:
     """Tables and figures from the committed results; no training."""
     out = paths.runs_dir() / "tables"
     out.mkdir(parents=True, exist_ok=True)
-    notebook = paths.root() / "notebooks" / "06_tables.ipynb"
-    command = ["papermill", notebook, out / "06_tables.ipynb", "--kernel", "python3"]
-    command += ["--no-progress-bar"]
-    failed = subprocess.run(command, capture_output=True, text=True, env=environment())
+    notebook = str(paths.root() / "notebooks" / "06_tables.ipynb")
+    # papermill fills in what stands in braces in a path.
+    command = ["papermill", notebook.replace("{", "{{").replace("}", "}}"), "06_tables.ipynb"]
+    command += ["--kernel", "python3", "--no-progress-bar"]
+    failed = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=out)
     if failed.returncode:
         raise LetheError(f"06_tables failed: {failed.stderr.strip().splitlines()[-1]}")
     print_table(paths.figures_dir() / "drops.csv")
