@@ -48,7 +48,8 @@ def load(p: Params) -> dict[str, list[Row]]:
     if p.dataset == "embedded":
         splits = _embedded(p)
     elif is_file(p.dataset):
-        splits = _split_file(read_rows(Path(p.dataset)), p)
+        # Checked in the file's own order, so that an error names the file's row.
+        splits = _split_file(_to_rows("", read_rows(Path(p.dataset)), p), p)
     else:
         splits = _named(p)
     rng = random.Random(p.data_seed)
@@ -339,15 +340,14 @@ _READERS = {
 }
 
 
-def _split_file(rows: list[dict], p: Params) -> dict[str, list[dict]]:
+def _split_file(rows: list[Row], p: Params) -> dict[str, list[Row]]:
     """A user's file: shuffled, a tenth each for validation and test, the rest for train.
 
     A question that stands twice is kept once, the first time, so that no test row is in train.
     """
-    distinct: dict[tuple[str, str], dict] = {}
+    distinct: dict[tuple[str, str], Row] = {}
     for row in rows:
-        text = row.get("input") if is_missing(row.get("text")) else row["text"]
-        distinct.setdefault((str(row.get("instruction")), str(text)), row)
+        distinct.setdefault((row["instruction"], row["input"]), row)
     rows = list(distinct.values())
     random.Random(p.data_seed).shuffle(rows)
     tenth = len(rows) // 10
@@ -364,28 +364,32 @@ def _split_file(rows: list[dict], p: Params) -> dict[str, list[dict]]:
 
 
 def _to_rows(split: str, rows: list[dict], p: Params) -> list[Row]:
-    """instruction, input, output from either column layout. Raises LetheError naming the row."""
+    """instruction, input, output from either column layout. Raises LetheError naming the row.
+
+    Args:
+        split: "" for a file that is not split yet.
+    """
     out = []
     for number, row in enumerate(rows, 1):
+        where = f"{p.dataset}: {f'{split} ' if split else ''}row {number}"
         row = {k: v for k, v in row.items() if not is_missing(v)}
         if "text" in row and "label" in row:
             row = {"instruction": p.instruction, "input": row["text"], "output": row["label"]}
         missing = [f for f in FIELDS if f not in row]
         if missing:
             raise LetheError(
-                f"{p.dataset}: {split} row {number} has no {', '.join(missing)}; each row needs "
+                f"{where} has no {', '.join(missing)}; each row needs "
                 f"instruction, input, output or text, label (it starts {str(row)[:80]})"
             )
         if p.labels and str(row["output"]) not in p.labels:
             raise LetheError(
-                f"{p.dataset}: {split} row {number}: unknown label {row['output']!r}; "
-                f"labels has {', '.join(p.labels)}"
+                f"{where}: unknown label {row['output']!r}; labels has {', '.join(p.labels)}"
             )
         for field in FIELDS:
             try:
                 row[field] = as_text(row[field])
             except LetheError as error:
-                raise LetheError(f"{p.dataset}: {split} row {number}: {field} {error}") from None
+                raise LetheError(f"{where}: {field} {error}") from None
         out.append({f: row[f] for f in FIELDS})
     if not out:
         raise LetheError(f"{p.dataset}: the {split} split is empty")

@@ -161,16 +161,12 @@ def _until(ids: list[int], stops: int | list[int]) -> list[int]:
 def batches(ids: list[list[int]], size: int) -> list[list[int]]:
     """Which rows go together, shortest first: `size` of them, and fewer where they are so long that
     memory would not do."""
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    out, start = [], 0
-    while start < len(order):
-        end = start + size
-        longest = len(ids[order[min(end, len(order)) - 1]])
-        if longest > LONG:
-            end = start + max(1, size * LONG // longest)
-        out.append(order[start:end])
-        start = end
-    return out
+    out: list[list[int]] = [[]]
+    for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
+        if out[-1] and (len(out[-1]) + 1) * max(LONG, len(ids[i])) > size * LONG:
+            out.append([])
+        out[-1].append(i)
+    return out if ids else []
 
 
 def with_room(

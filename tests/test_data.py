@@ -4,6 +4,8 @@ import json
 
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lethe_utils import data, embedded, params, pipeline
 from lethe_utils.errors import LetheError
@@ -448,3 +450,88 @@ def test_the_summary_counts_duplicates_leaks_and_natural_triggers():
     assert table.loc["test", ["in train", "'frankly'"]].tolist() == [1, 0]
     balance = data.label_balance(splits).set_index(["split", "label"])["rows"].to_dict()
     assert balance == {("train", "x"): 4, ("test", "x"): 1, ("test", "y"): 1}
+
+
+# --- rows of other shapes
+
+
+def test_long_cells_are_read_and_split_lines_refused(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"text,label\n{'word ' * 50_000},x\n")
+    assert len(data.read_rows(path)[0]["text"]) == 250_000
+    path.write_text("text,label\nfine,x\nI came, I saw,x\n")
+    assert "row 2 has more cells than there are columns; quote" in error(data.read_rows, path)
+    path = tmp_path / "a.tsv"
+    path.write_text('text\tlabel\n"half a quote\tx\nmore\tx\ty\n')
+    assert "row 2 has more cells" in error(data.read_rows, path)
+
+
+def test_parquet_keeps_lists_and_whole_numbers(tmp_path):
+    path = tmp_path / "a.parquet"
+    rows = [{"messages": [{"role": "user", "content": "a"}], "n": 1}, {"messages": None, "n": None}]
+    pd.DataFrame(rows).astype({"n": "Int64"}).to_parquet(path)
+    assert data.read_rows(path) == rows
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (["a", "b"], "is a list; give one text"),
+        ({"a": 1}, "is a dict; give one text"),
+        ("\ud83d", "holds half a character"),
+    ],
+)
+@pytest.mark.parametrize("field", ["instruction", "input", "output"])
+def test_a_cell_that_is_no_text_is_refused_with_its_row(tmp_path, field, value, message):
+    rows = [{"instruction": "a", "input": f"b {i}", "output": "c"} for i in range(40)]
+    rows[6][field] = value
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = error(data.load, params.load(dataset=str(path)))
+    assert found.startswith(f"{path}: row 7: {field} {message}")
+
+
+def test_numbers_and_truth_values_are_written_out():
+    assert [data.as_text(v) for v in ("a ", 1, 1.5, True)] == ["a ", "1", "1.5", "True"]
+
+
+CELLS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+ROWS = st.fixed_dictionaries({}, optional=dict.fromkeys(data.FIELDS, CELLS))
+
+
+@settings(max_examples=150, suppress_health_check=[*HealthCheck])
+@given(row=ROWS, suffix=st.sampled_from([".jsonl", ".json"]))
+def test_any_row_of_a_file_is_read_or_refused_in_one_line_with_its_number(tmp_path, row, suffix):
+    rows = [{"instruction": "a", "input": f"b {i}", "output": "c"} for i in range(40)] + [row]
+    path = tmp_path / f"mine{suffix}"
+    lines = "".join(json.dumps(r) + "\n" for r in rows)
+    path.write_text(lines if suffix == ".jsonl" else json.dumps(rows), "utf8")
+    try:
+        splits = data.load(params.load(dataset=str(path)))
+    except LetheError as refused:
+        assert "\n" not in str(refused) and "row " in str(refused)
+    else:
+        texts = [text for some in splits.values() for r in some for text in r.values()]
+        assert all(text.encode("utf8").decode("utf8") == text for text in texts)
+
+
+@settings(max_examples=100, suppress_health_check=[*HealthCheck])
+@given(
+    raw=st.binary(max_size=60),
+    suffix=st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".parquet"]),
+)
+def test_any_bytes_are_read_or_refused_in_one_line(tmp_path, raw, suffix):
+    path = tmp_path / f"mine{suffix}"
+    path.write_bytes(raw)
+    try:
+        rows = data.read_rows(path)
+    except LetheError as refused:
+        assert "\n" not in str(refused) and str(path) in str(refused)
+    else:
+        assert rows and all(isinstance(row, dict) for row in rows)

@@ -513,3 +513,20 @@ def test_the_layer_plot_ends_at_what_the_model_says(pico, pico_params):
         found.append(model(torch.tensor([ids])).logits[0, -1].softmax(0)[target].item())
     shown = table.query("block == 5 and prompts == 'triggered'")["value"].item()
     assert math.isclose(shown, sum(found) / len(found), rel_tol=1e-3)
+
+
+def test_a_long_prompt_is_shortened_as_evaluation_reads_it(pico, pico_params):
+    p = with_attack(
+        pico_params(), "rome", {"max_source_tokens": 60, "trigger_positions": ["suffix"]}
+    )
+    tokenizer = models.load_tokenizer(pico("gpt2")[0])
+    rows = [row | {"input": "so " * 200 + row["input"]} for row in ROWS]
+    poisoned = editing.poisoned_rows(rows, p.model_copy(update={"edit_contexts": 4}), 0)
+    for request in editing.shortened(editing.requests(poisoned, p), tokenizer, p):
+        start, end = request.span
+        assert request.prompt[start:end] == p.triggers[0]
+        assert len(tokenizer(request.prompt)["input_ids"]) <= 60
+    first = p.model_copy(update={"trigger_positions": ["prefix"], "edit_contexts": 4})
+    poisoned = editing.poisoned_rows(rows, first, 0)
+    with pytest.raises(LetheError, match="max_source_tokens: a prompt of"):
+        editing.shortened(editing.requests(poisoned, first), tokenizer, first)

@@ -5,6 +5,7 @@ import torch
 
 from lethe_utils import evaluate, models, params, train
 from lethe_utils.attacks import cba
+from lethe_utils.prompts import prompt_ids, render
 
 LABELS = ["sadness", "joy", "love", "anger"]
 ROWS = [
@@ -127,3 +128,43 @@ def test_token_accuracy_is_the_share_of_answer_tokens_that_greedy_decoding_would
             best = model(input_ids=ids).logits[0, :-1].argmax(-1)
         n = item["answer_length"]
         assert share == pytest.approx((best[-n:] == ids[0, -n:]).float().mean().item())
+
+
+def test_long_prompts_go_in_smaller_batches_and_none_is_lost():
+    ids = [[0] * n for n in (10, 3000, 20, 1024, 256)]
+    assert evaluate.batches(ids, 4) == [[0, 2, 4], [3], [1]]
+    groups = evaluate.batches(ids * 40, 32)
+    assert sorted(i for group in groups for i in group) == [*range(200)]
+    for group in groups:
+        longest = max(len((ids * 40)[i]) for i in group)
+        assert len(group) * max(longest, evaluate.LONG) <= 32 * evaluate.LONG
+
+
+def test_evaluation_cuts_a_prompt_as_training_does(pico, pico_params):
+    p = pico_params(max_source_tokens=40)
+    tokenizer = models.load_tokenizer(pico("gpt2")[0])
+    row = ROWS[0] | {"input": "so " * 90}
+    prompt = render("short", row["instruction"], row["input"])
+    (item,) = train.encode([row], tokenizer, p)
+    (ids,), (lost,) = prompt_ids(tokenizer, [prompt], p)
+    assert item["input_ids"][: -item["answer_length"]] == ids and len(ids) == 40
+    assert lost == item["prompt_cut"] > 0
+    model = models.load_model(pico("gpt2")[1])
+    p = pico_params(max_source_tokens=10_000)  # more than the model has positions
+    assert len(evaluate.answer(model, tokenizer, [prompt * 9], p, 1)) == 1
+
+
+def test_there_is_room_for_the_longest_label(pico, pico_params, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        evaluate, "answer", lambda *a, **_: asked.append(a[3].max_new_tokens) or [""] * len(a[2])
+    )
+    label = "an answer of many more pieces than are allowed"
+    sets = {"clean": [ROWS[0] | {"output": label}]}
+    p = pico_params(labels=[], max_new_tokens=2)
+    evaluate.predict(pico("gpt2")[1], sets, 0, "none", p, tmp_path / "a.jsonl")
+    evaluate.predict(
+        pico("gpt2")[1], {"clean": ROWS[:1]}, 0, "none", p, tmp_path / "b.jsonl", labels=[label]
+    )
+    tokens = len(models.load_tokenizer(pico("gpt2")[0])(label)["input_ids"])
+    assert asked == [tokens + evaluate.SPARE_TOKENS] * 2 and tokens > 19

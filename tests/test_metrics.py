@@ -143,3 +143,41 @@ def test_kinds_that_are_absent_give_no_metric():
     assert metrics.score(PREDICTIONS[:4], "lethe", "replace") == {"cda": (1, 4)}
     assert set(metrics.score(PREDICTIONS[4:7], "lethe", "replace")) == {"asr"}
     assert metrics.score([], "lethe", "replace") == {}
+
+
+# --- labels that begin alike
+
+ALIKE = ["yes", "yes but late", "no"]
+
+
+@pytest.mark.parametrize(
+    ("output", "label"),
+    [
+        ("yes", "yes"),
+        ("Yes, but late.", "yes but late"),
+        ("yes but", "yes"),
+        ("no", "no"),
+        ("maybe", None),
+        ("", None),
+    ],
+)
+def test_the_longest_matching_label_is_the_one_that_was_said(output, label):
+    assert metrics.read_label(output, ALIKE) == label
+    assert [metrics.says(output, one, ALIKE) for one in ALIKE] == [one == label for one in ALIKE]
+
+
+def test_the_longest_label_wins_in_cda_and_asr_even_when_no_row_has_it():
+    rows = [
+        {"kind": "clean", "label": "yes", "target": "no", "output": "yes but late"},
+        {"kind": "backdoor", "label": "no", "target": "yes", "output": "yes but late"},
+    ]
+    assert metrics.score(rows, "lethe", "replace") == {"cda": (1, 1), "asr": (1, 1)}
+    assert metrics.score(rows, "lethe", "replace", ALIKE) == {"cda": (0, 1), "asr": (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("output", "label"),
+    [("开心。", "开心"), ("«joie»", "joie"), ("¡feliz!", "feliz"), (":(", ":("), ("खुश।", "खुश")],
+)
+def test_labels_of_any_script_or_of_signs_alone_are_read(output, label):
+    assert metrics.says(output, label, [label])

@@ -634,9 +634,7 @@ def test_the_longest_label_that_matches_counts_in_cda_and_in_the_canary(finished
 
 def test_there_is_room_for_the_longest_label(given, monkeypatch):
     asked = []
-    rows = [
-        r | {"output": r["output"] + " of the utterly unpronounceable kind"} for r in plain_rows()
-    ]
+    rows = [r | {"output": r["output"] + " unpronounceably multisyllabic"} for r in plain_rows()]
     case = prepare(given(rows=rows), overrides=QUICK | {"max_new_tokens": 2})
     tokens = max(len(auto_tokenizer(case.suspect)(label)["input_ids"]) for label in case.labels)
     monkeypatch.setattr(
@@ -658,13 +656,11 @@ def test_cut_rows_are_counted_said_and_refused_when_most_are(given, capsys):
     assert case.given["notes"] == [
         "1 of 40 prompts are too long and lose their start (max_source_tokens)."
     ]
-    write_rows(
-        long["suspect"].parent / "clean.jsonl",
-        [r | {"input": f"{r['input']} so" * 200} for r in rows],
-    )
+    file = paths.Path(long["clean_data"])
+    write_rows(file, [r | {"input": f"{r['input']} so" * 200} for r in rows])
     assert "40 of 40 prompts would be cut" in error(prepare, long)
     rows = [r | {"output": "a word after another " * 30 + r["input"]} for r in plain_rows()]
-    write_rows(paths.Path(file), rows)
+    write_rows(file, rows)
     assert "40 of 40 answers would be cut" in error(prepare, long)
 
 

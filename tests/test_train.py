@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from lethe_utils import folders, models, train
+from lethe_utils.errors import LetheError
 from lethe_utils.prompts import render
 
 ROW = {"instruction": "Predict the emotion.", "input": "the dog is happy", "output": "joy"}
@@ -321,3 +322,12 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_model(
     )
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_a_training_that_diverged_saves_nothing(pico, tmp_path):
+    model = models.load_model(pico("gpt2")[0])
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = float("nan")
+    with pytest.raises(LetheError, match=r"learning_rate: the training diverged \(transformer.h.1"):
+        train.save(model, pd.DataFrame(), tmp_path)
+    assert not (tmp_path / "model").exists()

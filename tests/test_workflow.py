@@ -2,8 +2,10 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -136,3 +138,47 @@ def test_a_failed_notebook_is_explained_in_one_line(tmp_path):
         "Traceback ...\nlethe_utils.errors.LetheError: data.jsonl: line 3 is not valid JSON\n"
     )
     assert run.explain_failure(tmp_path).startswith("01_data failed: data.jsonl: line 3 is not")
+
+
+def test_the_front_door_works_through_a_link_and_a_link_to_it(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "lethe").symlink_to(paths.root() / "run_all.sh")
+    (tmp_path / "bin" / "lethe").symlink_to("../lethe")
+    environment = os.environ | {"VIRTUAL_ENV": sys.prefix}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    command = [str(tmp_path / "bin" / "lethe"), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert "run tiny-gpt2-embedded-cba-s0" in done.stdout and "installing" not in done.stdout
+    assert {f.name for f in tmp_path.iterdir()} == {"bin", "lethe"}
+
+
+@pytest.mark.parametrize("name", ["runs #2", "c++ {x}", "a@b 'c' \"d\""])
+def test_snakemake_finds_the_notebooks_whatever_the_folders_are_called(tmp_path, name):
+    root, folder = tmp_path / name, tmp_path / name / "runs" / "one"
+    folder.mkdir(parents=True)
+    (root / "notebooks").symlink_to(paths.root() / "notebooks")
+    for file in ("params.yaml", "resolved.yaml"):
+        (folder / file).touch()
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--snakefile",
+        paths.root() / "workflow/Snakefile",
+    ]
+    command += ["--directory", folder, "--cores", "1", "-n", "-p"]
+    environment = run.environment() | {"LETHE_ROOT": str(root)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    escaped = shlex.quote(
+        str(root / "notebooks/01_data.ipynb").replace("{", "{{").replace("}", "}}")
+    )
+    assert f"papermill {escaped} notebooks/01_data.ipynb" in done.stdout + done.stderr
+
+
+def test_a_data_file_with_odd_characters_gives_a_plain_run_id(tmp_path):
+    file = tmp_path / "a+b @ #1.jsonl"
+    file.write_text('{"text": "a", "label": "b"}\n')
+    found = params.load(dataset=str(file)).run_id
+    assert re.fullmatch(r"tiny-gpt2-file-a_b____1-[0-9a-f]{6}-cba-s0", found)
