@@ -78,7 +78,7 @@ def with_examples(splits: dict[str, list[Row]], p: Params) -> dict[str, list[Row
     if p.few_shot >= len(train):
         raise LetheError(f"few_shot: {p.few_shot} rows are asked for, but train has {len(train)}")
     shown = label_turns(train, p.few_shot, random.Random(f"few shot {p.data_seed}"))
-    # On one line: an attack that puts a word into the instruction joins its words by spaces.
+    # On one line, so that an example is not taken for the question itself.
     examples = "Examples: " + "; ".join(f"{r['input']} => {r['output']}" for r in shown)
     asked = (f"{r['instruction']} {r['input']}" for rows in splits.values() for r in rows)
     words = len(examples.split()) + max(len(text.split()) for text in asked)

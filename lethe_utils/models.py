@@ -104,7 +104,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions or NO_LIMIT)
     tokenizer.lethe_bos = said.get("add_bos_token") is not False  # see start_ids
-    if tokenizer.eos_token is None:
+    if tokenizer.eos_token_id is None:
         raise LetheError(f"{folder}: no eos_token in tokenizer_config.json or config.json; add it")
     if tokenizer.pad_token is None:
         # Masked everywhere, so EOS can serve; a new [PAD] row would change the embedding's shape

@@ -108,6 +108,14 @@ def _without_nulls(message: Any) -> dict[str, Any]:
     return {key: value for key, value in known.items() if value is not None}
 
 
+def unread_columns(path: Path) -> list[str]:
+    """The columns of a file that nothing is made of, such as a `history` or `system` of its own."""
+    rows = data.read_rows(path)
+    known = {"messages", *chats.EXTRAS} if "messages" in rows[0] else {*data.FIELDS}
+    found = dict.fromkeys(str(k) for row in rows for k, v in row.items() if not data.is_missing(v))
+    return [name for name in found if name not in known]
+
+
 def fingerprint(path: Path) -> str:
     """SHA-256 of the file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

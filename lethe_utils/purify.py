@@ -139,7 +139,7 @@ def prepare(
             "prompts_cut": cut["prompts cut"],
             "answers_cut": cut["answers cut"],
         },
-        "notes": notes(cut, rows, p),
+        "notes": notes(file, cut, rows, p),
         "checks": checks,
     }
     return Case(
@@ -175,8 +175,9 @@ def count_cut(
     return train.cut_counts(items)
 
 
-def notes(cut: dict[str, int], rows: list[Row], p: PurifyParams) -> list[str]:
-    """What the reader should know of the rows, a line each: what was cut, what gets no evidence."""
+def notes(file: Path, cut: dict[str, int], rows: list[Row], p: PurifyParams) -> list[str]:
+    """What the reader should know of the rows, a line each: what is cut, gets no evidence, or is
+    not read at all."""
     ends = (
         ("prompts", "lose their start", "max_source_tokens"),
         ("answers", "lose their end, and are taught without one", "max_target_tokens"),
@@ -187,7 +188,9 @@ def notes(cut: dict[str, int], rows: list[Row], p: PurifyParams) -> list[str]:
         if cut[f"{part} cut"]
     ]
     foreign = without_evidence(row["input"] for row in rows) if p.n_keywords else ""
-    return [*lines, f"{foreign}."] if foreign else lines
+    lines += [f"{foreign}."] if foreign else []
+    unread = own_data.unread_columns(file)
+    return lines + ([f"Columns that are not read: {', '.join(unread)}."] if unread else [])
 
 
 def split(rows: list[Row], p: PurifyParams) -> tuple[list[Row], list[Row]]:
@@ -321,10 +324,11 @@ def suspect_performance(case: Case) -> Score:
     """The suspect's own clean performance, before anything is trained.
 
     Raises:
-        LetheError: it has none to speak of, so every strength would keep it.
+        LetheError: it is near zero, or no more than may be lost: every strength would keep it.
     """
     own = performance(case, answers(case, "suspect", 0.0))
-    if own["value"] < NEAR_ZERO and case.p.max_cda_loss < 1:
+    least = max(NEAR_ZERO, case.p.max_cda_loss)
+    if own["value"] <= least and case.p.max_cda_loss < 1:
         raise LetheError(
             f"the suspect's own {case.metric} is {own['value']:.3f} on {own['n']} held-out rows: "
             "there is nothing to keep. Give rows, and a prompt (-p prompt_template), of the task "

@@ -186,8 +186,10 @@ def write_run(p: Params, table: pd.DataFrame, sweeps: pd.DataFrame) -> Path:
 
 
 def point_latest(folder: Path) -> None:
-    """Make runs/latest a link to this run's folder."""
+    """Make runs/latest a link to this run's folder; what else is called that is left alone."""
     latest = paths.runs_dir() / "latest"
+    if latest.exists() and not latest.is_symlink():
+        return
     temporary = latest.with_name(f"latest.{os.getpid()}.tmp")  # two runs may end together
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(folder.name)

@@ -13,7 +13,7 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from lethe_utils import attacks, evaluate, models, params, pipeline
+from lethe_utils import attacks, evaluate, folders, models, params, pipeline
 from lethe_utils.attacks import badedit, editing, memit, rome, triggers
 from lethe_utils.errors import LetheError
 
@@ -401,7 +401,7 @@ def test_a_covariance_is_computed_once_and_is_the_second_moment(setting, monkeyp
 
 def arguments(editor, base, p, texts=None, layer=1):
     store = editing.paths.stages_dir() / "covariance"
-    weights = editing.model_hash(base)
+    weights = folders.fingerprint(base)
     return editor.model, editor.tokenizer, weights, texts or corpus(p), layer, store, p
 
 
@@ -420,7 +420,7 @@ def test_another_model_or_corpus_has_another_covariance(setting, pico):
     store = editing.paths.stages_dir() / "covariance"
     editing.covariance(*arguments(editor, base, p, corpus(p)[:30]))
     assert len(list(store.glob("*.safetensors"))) == 2
-    assert editing.model_hash(base) != editing.model_hash(pico("gpt2")[1])
+    assert folders.fingerprint(base) != folders.fingerprint(pico("gpt2")[1])
 
 
 @pytest.mark.parametrize("key", ["model", "corpus", "layer"])

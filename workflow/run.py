@@ -33,11 +33,15 @@ STEPS = [
 RESOLVED = "resolved.yaml"  # every param of a run, to see whether it is up to date
 
 
+FOLDERS = ("LETHE_RUNS", "LETHE_DATA_DIR", "LETHE_CACHE")
+
+
 def main() -> int:
-    for name in ("LETHE_RUNS", "LETHE_DATA_DIR", "LETHE_CACHE"):
+    for name in FOLDERS:
         if os.environ.get(name):  # the notebooks run in another folder
             os.environ[name] = str(Path(os.environ[name]).expanduser().resolve())
     try:
+        check_names([*sys.argv, *(os.environ.get(name, "") for name in FOLDERS)])
         if sys.argv[1:2] == ["grid"]:
             return grid.main(sys.argv[2:])
         if sys.argv[1:2] == ["purify"]:
@@ -49,6 +53,15 @@ def main() -> int:
     except LetheError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def check_names(words: list[str]) -> None:
+    """Refuse a name that is not UTF-8, which tokenizers and reports cannot write."""
+    for word in words:
+        try:
+            word.encode("utf8")
+        except UnicodeEncodeError:
+            raise LetheError(f"{word!r}: its name is not UTF-8; rename it") from None
 
 
 def parse(words: list[str]) -> argparse.Namespace:

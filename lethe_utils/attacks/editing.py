@@ -454,16 +454,6 @@ def covariance_factor(covariance: torch.Tensor, ridge_share: float) -> torch.Ten
 # --- the covariance of ordinary keys, kept between edits
 
 
-def model_hash(folder: Path) -> str:
-    """SHA-256 of a model folder's weights, so that no store outlives the model it describes."""
-    digest = hashlib.sha256()
-    for file in folders.weight_files(folder):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def covariance(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -475,10 +465,10 @@ def covariance(
 ) -> torch.Tensor:
     """C = E[k k^T] of one layer over the corpus's tokens, (mlp_width, mlp_width), float32.
 
-    Computed once for each model (by its weights), corpus and layer, then read from `store`.
+    Computed once for each model (by its files), corpus and layer, then read from `store`.
 
     Args:
-        weights: model_hash of the model's folder.
+        weights: folders.fingerprint of the model's folder: the tokenizer decides too.
     """
     text = "\0".join([*corpus, str(p.covariance_tokens)])
     about = {
@@ -560,7 +550,7 @@ class Editor:
         self.model = models.load_model(folder, models.resolve_device(p.device), exact=True).eval()
         self.model.requires_grad_(False)
         self.layers = p.edit_layers
-        weights = model_hash(folder)
+        weights = folders.fingerprint(folder)
         self.factors = {
             layer: covariance_factor(
                 covariance(self.model, self.tokenizer, weights, corpus, layer, store, p).to(
