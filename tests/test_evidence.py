@@ -6,7 +6,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -139,12 +138,12 @@ def test_words_of_another_script_get_no_line_of_their_own():
     ]
 
 
-def test_keywords_of_any_text_take_less_than_a_second_or_two():
+def test_only_the_start_of_a_very_long_text_is_ranked():
     rng = random.Random(0)
-    text = " ".join(f"w{rng.randint(0, 90_000)}" for _ in range(100_000))
-    start = time.perf_counter()
-    assert len(evidence.keywords(text)) == 5
-    assert time.perf_counter() - start < 3  # summa's own ranking takes minutes
+    start = " ".join(f"w{rng.randint(0, 9_000)}" for _ in range(evidence.MOST_WORDS))
+    found = evidence.keywords(start + " elsewhere" * 5_000)
+    assert len(found) == 5 and "elsewhere" not in found
+    assert evidence.keywords(start) == found
 
 
 def test_numbers_count_as_words_and_underscores_separate():
