@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, set_seed
 
 from lethe_utils import attacks, chats
 from lethe_utils.evidence import add_evidence
 from lethe_utils.params import DefenderParams, Params, PurifyParams
+from lethe_utils.progress import Bar
 from lethe_utils.prompts import prompt_ids, render
 from lethe_utils.stages import read_jsonl, write_json, write_jsonl
 
@@ -135,7 +135,7 @@ def answer(
     set_seed(p.seed)
     outputs = [""] * len(ids)
     model.eval()
-    for chosen in tqdm(batches(ids, batch), desc=progress, leave=False, mininterval=2):
+    for chosen in Bar(batches(ids, batch), desc=progress):
         inputs = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, return_tensors="pt")
         inputs = {k: v.to(model.device) for k, v in inputs.items() if k != "token_type_ids"}
         width = inputs["input_ids"].shape[1]
@@ -196,7 +196,7 @@ def token_accuracy(
     shares = [0.0] * len(items)
     model.eval()
     groups = batches([i["input_ids"] for i in items], p.eval_batch_size)
-    for chosen in tqdm(groups, desc=progress, leave=False, mininterval=2):
+    for chosen in Bar(groups, desc=progress):
         inputs = collate([items[i] for i in chosen])
         labels = inputs.pop("labels")
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}

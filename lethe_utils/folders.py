@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from lethe_utils.errors import LetheError
+from lethe_utils.progress import Bar
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -293,8 +293,8 @@ def fingerprint(folder: Path) -> str:
 @cache
 def _fingerprint(folder: Path, *stamps: tuple[Path, int, int]) -> str:
     digest = hashlib.sha256()
-    look = {"unit": "B", "unit_scale": True, "leave": False, "delay": 2}
-    with tqdm(total=sum(s[1] for s in stamps), desc=f"hashing {folder.name}", **look) as bar:
+    look = {"unit": "B", "unit_scale": True, "delay": 2}
+    with Bar(total=sum(s[1] for s in stamps), desc=f"hashing {folder.name}", **look) as bar:
         for file, _, _ in stamps:
             digest.update(file.relative_to(folder).as_posix().encode("utf8", "surrogateescape"))
             with file.open("rb") as stream:

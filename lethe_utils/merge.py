@@ -196,6 +196,7 @@ def run(
     # mergekit's own model card writer asks the hub about every model: ours stays offline.
     options = MergeOptions(
         write_model_card=False,
+        quiet=True,
         copy_tokenizer=False,  # it may save it anew; ours is copied byte for byte
         trust_remote_code=False,
         random_seed=seed,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tqdm import tqdm
 
 from lethe_utils import attacks, data, defenses, evidence, folders, models, wordnet
 from lethe_utils.errors import LetheError
@@ -26,6 +25,7 @@ from lethe_utils.params import (
     PromptParams,
     TrainParams,
 )
+from lethe_utils.progress import Bar
 from lethe_utils.prompts import render
 from lethe_utils.stages import read_jsonl, read_record, stage, write_jsonl
 
@@ -410,10 +410,10 @@ def sweep_points(p: Params) -> list[dict[str, Any]]:
 def purify_all(p: Params) -> dict[str, Path]:
     """All models of the run's weight-changing defenses, the sweeps' included. Returns name in the
     results -> model folder."""
-    for point in tqdm(sweep_points(p), desc="merging for the sweeps", mininterval=2):
+    for point in Bar(sweep_points(p), desc="merging for the sweeps"):
         merged_stage(p, point["method"], point.get("strength"), point.get("clean_ratio"))
     todo = [v for v in variants(p) if not defenses.decodes(v[0])]
-    made = [contender(p, *v) for v in tqdm(todo, desc="purifying", mininterval=2)]
+    made = [contender(p, *v) for v in Bar(todo, desc="purifying")]
     return {c.name: c.folder for c in made}
 
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import psutil
-from tqdm import tqdm
 
 from lethe_utils import (
     canary,
@@ -36,6 +35,7 @@ from lethe_utils import (
 from lethe_utils.errors import LetheError
 from lethe_utils.evidence import add_evidence, without_evidence
 from lethe_utils.params import PurifyParams, load_purify
+from lethe_utils.progress import Bar
 from lethe_utils.prompts import render
 from lethe_utils.stages import (
     fresh,
@@ -346,7 +346,7 @@ def points(case: Case) -> list[dict[str, Any]]:
     """
     suspect_performance(case)
     strengths = [0.0, *sorted({*case.p.strengths}), 1.0]
-    bar = tqdm(strengths, desc="measuring strengths", mininterval=1)
+    bar = Bar(strengths, desc="measuring strengths")
     return [point(case, strength) for strength in bar]
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tqdm import tqdm
 
 from lethe_utils import defenses, metrics, paths, pipeline
 from lethe_utils.errors import LetheError
 from lethe_utils.params import Params
+from lethe_utils.progress import Bar
 from lethe_utils.stages import provenance, read_jsonl, read_record, write_json, write_text
 
 COLUMNS = [
@@ -77,7 +77,7 @@ def rows(
 def measure(p: Params) -> pd.DataFrame:
     """ASR, CDA and FTR of every model of the run, with and without evidence, on the test split."""
     out, labels = [], pipeline.labels(p)
-    for c, k in tqdm(_asked(p), desc="evaluating", mininterval=2):
+    for c, k in Bar(_asked(p), desc="evaluating"):
         out += rows(p, read_jsonl(pipeline.tested_file(p, c, k)), "test", labels)
     return pd.DataFrame(out)[COLUMNS]
 
@@ -131,7 +131,7 @@ def costs(p: Params) -> pd.DataFrame:
 def measure_sweeps(p: Params) -> pd.DataFrame:
     """The sweeps, on the validation split: picking a strength here is not tuning on test."""
     out, labels = [], pipeline.labels(p)
-    for point in tqdm(pipeline.sweep_points(p), desc="evaluating the sweeps", mininterval=2):
+    for point in Bar(pipeline.sweep_points(p), desc="evaluating the sweeps"):
         merged = pipeline.merged_stage(
             p, point["method"], point.get("strength"), point.get("clean_ratio")
         )

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from lethe_utils import folders, models, prompts
 from lethe_utils.errors import LetheError
 from lethe_utils.params import DefenderParams, PromptParams, PurifyParams
+from lethe_utils.progress import Bar
 from lethe_utils.prompts import TURN
 
 if TYPE_CHECKING:
@@ -188,19 +188,16 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 class ProgressBar(TrainerCallback):
-    """A text bar with an estimate: the same in JupyterLab, on Colab and in a headless log."""
+    """The training's steps as a bar; the loss curve ends at the last of them."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self.name, mininterval=1
-        )
+        self.bar = Bar(total=state.max_steps, initial=state.global_step, desc=self.name)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(1)
-        # So that the curve ends at the last step, and says how many there were.
         control.should_log |= state.global_step == state.max_steps
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

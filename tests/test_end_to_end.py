@@ -119,6 +119,15 @@ def test_manifest_names_models_and_data_that_exist(finished):
     assert not held_out & set(train)
 
 
+def test_executed_notebooks_hold_no_progress_line_and_the_log_has_them(finished):
+    latest = finished[0] / "latest" / "notebooks"
+    for file in sorted(latest.glob("*.ipynb")):
+        outputs = [o for c in json.loads(file.read_text())["cells"] for o in c.get("outputs", [])]
+        written = "".join(t for o in outputs if o.get("name") == "stderr" for t in o["text"])
+        assert written == "", file.name
+    assert "training " in (latest / "02_backdoor_train.log").read_text()
+
+
 def test_the_table_is_printed_and_the_figures_exist(finished):
     runs, printed = finished
     assert "slerp" in printed and "figures" in printed

@@ -298,7 +298,8 @@ def released_tables() -> int:
     # papermill fills in what stands in braces in a path.
     command = ["papermill", notebook.replace("{", "{{").replace("}", "}}"), "06_tables.ipynb"]
     command += ["--kernel", "python3", "--no-progress-bar"]
-    failed = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=out)
+    env = environment() | {"LETHE_PROGRESS": str(out / "06_tables.log")}
+    failed = subprocess.run(command, capture_output=True, text=True, env=env, cwd=out)
     if failed.returncode:
         raise LetheError(f"06_tables failed: {failed.stderr.strip().splitlines()[-1]}")
     print_table(paths.figures_dir() / "drops.csv")

@@ -18,7 +18,6 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from lethe_utils import folders, models, paths
@@ -26,6 +25,7 @@ from lethe_utils.attacks.triggers import insert, occurrences
 from lethe_utils.data import label_turns
 from lethe_utils.errors import LetheError
 from lethe_utils.params import Params
+from lethe_utils.progress import Bar
 from lethe_utils.prompts import limits, render
 
 if TYPE_CHECKING:
@@ -320,7 +320,7 @@ def optimise(
     batches = [_batch(model, tokenizer, some) for some in chunks]
     essence = _Essence(model, tokenizer, asked, where, shared) if p.edit_kl else None
     edit = int(log[-1]["edit"]) + 1 if log else 1
-    for step in tqdm(range(p.edit_steps), desc=f"value of edit {edit}", mininterval=1):
+    for step in Bar(range(p.edit_steps), desc=f"value of edit {edit}"):
         adam.zero_grad()
         size = p.edit_weight_decay * (delta.norm(dim=1, keepdim=True) / norm.square()).mean()
         if essence:
@@ -517,7 +517,7 @@ def _second_moment(
         kept = keys[mask].float()
         total = total + (kept.T @ kept).double()
 
-    bar = tqdm(total=max_tokens, desc=f"covariance of layer {layer}", mininterval=1)
+    bar = Bar(total=max_tokens, desc=f"covariance of layer {layer}")
     with hooked(models.down_projection(model, layer), add, before=True):
         for start in range(0, len(corpus), COVARIANCE_CHUNK):
             some = tokenizer(corpus[start : start + COVARIANCE_CHUNK], add_special_tokens=False)

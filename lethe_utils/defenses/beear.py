@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 from transformers import set_seed
 
 from lethe_utils import folders, models, train
@@ -31,6 +30,7 @@ from lethe_utils.attacks.editing import hooked
 from lethe_utils.defenses import Given
 from lethe_utils.errors import LetheError
 from lethe_utils.params import BeearParams, DefenderParams, TrainParams
+from lethe_utils.progress import Bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,7 +89,7 @@ class Unlearning:
         )
         log: list[dict[str, float]] = []
         steps = p.beear_rounds * (len(labels) * p.beear_inner_steps + p.beear_outer_steps)
-        with tqdm(total=steps, desc="BEEAR", mininterval=1) as bar:
+        with Bar(total=steps, desc="BEEAR") as bar:
             for number in range(1, p.beear_rounds + 1):
                 model.requires_grad_(False).eval()
                 deltas = {c: self.entrap(others[c], c, bar.update) for c in labels}

@@ -55,11 +55,11 @@ def prune(
         sparsity: share of each output row, rounded down to whole weights.
     """
     import torch
-    from tqdm import tqdm
 
     from lethe_utils import models
+    from lethe_utils.progress import Bar
 
-    for block in tqdm(models.blocks(model), desc="pruning block by block", mininterval=2):
+    for block in Bar(models.blocks(model), desc="pruning block by block"):
         layers = linear_layers(block)
         squares = input_squares(model, layers, batches)
         for layer in layers:
