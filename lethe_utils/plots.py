@@ -91,7 +91,7 @@ def _stack(figure: Figure, heights: list[float]) -> list[SubFigure]:
     return list(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
 
 
-def bars(table: pd.DataFrame, allow_mixed: bool = False) -> Figure:
+def bars(table: pd.DataFrame) -> Figure:
     """ASR and CDA of every defense on the test split, a row of panels per (model, dataset, attack).
 
     Args:
@@ -99,7 +99,7 @@ def bars(table: pd.DataFrame, allow_mixed: bool = False) -> Figure:
     Raises:
         LetheError: see tables.select, or there is no ASR or CDA.
     """
-    rows = tables.on_test(table, allow_mixed)
+    rows = tables.on_test(table)
     rows = rows[rows["metric"].isin(list(METRICS))]
     if rows.empty:
         raise LetheError("results table: no asr or cda rows to plot")
@@ -151,7 +151,7 @@ def _whiskers(scored: pd.DataFrame) -> np.ndarray:
     return np.clip(ends, 0, None)
 
 
-def sweep(sweeps: pd.DataFrame, kind: str, allow_mixed: bool = False) -> Figure:
+def sweep(sweeps: pd.DataFrame, kind: str) -> Figure:
     """ASR and CDA along one sweep, a panel per merge method, bands of 95 % Wilson intervals.
 
     Args:
@@ -167,7 +167,7 @@ def sweep(sweeps: pd.DataFrame, kind: str, allow_mixed: bool = False) -> Figure:
     rows = sweeps[(sweeps["sweep"] == kind) & sweeps["metric"].isin(list(METRICS))]
     if rows.empty:
         raise LetheError(f"sweep {kind!r}: no rows; list its points in the ..._sweep parameter")
-    scored = tables.pool(tables.select(rows, allow_mixed), [*tables.SETUP, "x"])
+    scored = tables.pool(tables.select(rows), [*tables.SETUP, "x"])
     setups = _setups(scored)
     heights = [0.6 + 1.25 * -(-setup["defense"].nunique() // 2) for setup in setups]
     with _style():
@@ -203,7 +203,7 @@ def _curves(ax: Axes, scored: pd.DataFrame) -> None:
     ax.xaxis.set_major_formatter("{x:g}")
 
 
-def attacks(table: pd.DataFrame, allow_mixed: bool = False) -> Figure:
+def attacks(table: pd.DataFrame) -> Figure:
     """ASR before and after each merge, a panel per attack on one model and data set.
 
     Args:
@@ -212,7 +212,7 @@ def attacks(table: pd.DataFrame, allow_mixed: bool = False) -> Figure:
     Raises:
         LetheError: see tables.select, or there is no ASR.
     """
-    rows = tables.on_test(table, allow_mixed)
+    rows = tables.on_test(table)
     rows = rows[(rows["metric"] == "asr") & rows["defense"].isin(["none", "base", *tables.MERGES])]
     if rows.empty:
         raise LetheError("results table: no asr rows to plot")
@@ -236,7 +236,7 @@ def attacks(table: pd.DataFrame, allow_mixed: bool = False) -> Figure:
         return _finished(figure)
 
 
-def rank(table: pd.DataFrame, allow_mixed: bool = False) -> Figure:
+def rank(table: pd.DataFrame) -> Figure:
     """ASR against CDA, a point per defense: the best stands at the top left.
 
     Args:
@@ -245,7 +245,7 @@ def rank(table: pd.DataFrame, allow_mixed: bool = False) -> Figure:
     Raises:
         LetheError: see tables.select, or no defense has both.
     """
-    scored = tables.pool(tables.on_test(table, allow_mixed), tables.SETUP)
+    scored = tables.pool(tables.on_test(table), tables.SETUP)
     wide = scored[scored["metric"].isin(list(METRICS))].pivot(
         index="name", columns="metric", values=["value", "ci_low", "ci_high"]
     )

@@ -61,12 +61,11 @@ COSTS_CAPTION = (
 )
 
 
-def select(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
+def select(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of a results or sweeps table, checked.
 
     Args:
         table: the columns of `results.COLUMNS`; sweeps have `sweep` and `x` as well.
-        allow_mixed: accept the same measurement from several runs; they are then pooled.
     Returns:
         a copy with those columns only and numbers as numbers.
     Raises:
@@ -84,7 +83,7 @@ def select(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
     out[NUMBERS] = out[NUMBERS].apply(pd.to_numeric, errors="coerce")
     _check_numbers(out, keys)
     out["evidence"] = out["evidence"].astype(int)
-    _check_runs(out, keys, allow_mixed)
+    _check_runs(out, keys)
     return out
 
 
@@ -104,18 +103,17 @@ def _check_numbers(table: pd.DataFrame, keys: list[str]) -> None:
             raise LetheError(f"results table: {problem} in {(~passed).sum()} rows, first {bad}")
 
 
-def _check_runs(table: pd.DataFrame, keys: list[str], allow_mixed: bool) -> None:
+def _check_runs(table: pd.DataFrame, keys: list[str]) -> None:
     repeated = table[table.duplicated(keys, keep=False)]
     twice = repeated[repeated.duplicated([*keys, "run_id"], keep=False)]
     if len(twice):
         runs = ", ".join(sorted(twice["run_id"].unique()))
         raise LetheError(f"results table: the same rows are there twice for {runs}; drop one copy")
-    if len(repeated) and not allow_mixed:
+    if len(repeated):
         runs = ", ".join(sorted(repeated["run_id"].unique()))
         example = ", ".join(str(repeated.iloc[0][k]) for k in keys)
         raise LetheError(
-            f"results table: runs {runs} measured the same thing ({example}); keep one run, or "
-            "pass allow_mixed=True to pool them"
+            f"results table: runs {runs} measured the same thing ({example}); keep one run"
         )
 
 
@@ -166,9 +164,9 @@ def _pooled(group: pd.DataFrame) -> dict[str, float]:
     return {"value": hits / n, "n": n, "ci_low": low, "ci_high": high} | seeds
 
 
-def on_test(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
+def on_test(table: pd.DataFrame) -> pd.DataFrame:
     """`select`, test split only. Raises LetheError when that leaves nothing."""
-    rows = select(table, allow_mixed)
+    rows = select(table)
     rows = rows[rows["split"] == "test"]
     if rows.empty:
         raise LetheError("results table: no rows of the test split; sweeps go to plots.sweep")
@@ -199,7 +197,7 @@ def _wide(scored: pd.DataFrame, rows: list[str], column: str, order: list[str]) 
     return out
 
 
-def table2(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
+def table2(table: pd.DataFrame) -> pd.DataFrame:
     """The paper's Table 2: our cells, then the paper's in columns of their own.
 
     Returns:
@@ -210,7 +208,7 @@ def table2(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
     Raises:
         LetheError: see select, or there is no ASR or CDA.
     """
-    rows = on_test(table, allow_mixed)
+    rows = on_test(table)
     rows = rows[rows["metric"].isin(["asr", "cda"])]
     if rows.empty:
         raise LetheError("results table: no asr or cda rows")
@@ -253,7 +251,7 @@ def paper_means() -> pd.DataFrame:
     return paper.groupby("metric")[values].mean().round(3).reset_index()
 
 
-def drop_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
+def drop_table(table: pd.DataFrame) -> pd.DataFrame:
     """What Lethe (SLERP + evidence) takes from ASR and CDA, beside what the paper's takes.
 
     Returns:
@@ -264,7 +262,7 @@ def drop_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
     Raises:
         LetheError: see select.
     """
-    scored = pool(on_test(table, allow_mixed), SETUP)
+    scored = pool(on_test(table), SETUP)
     scored = scored[scored["metric"].isin(["asr", "cda"])]
     lines = []
     for keys, group in scored.groupby([*SETUP, "metric"], sort=False):
@@ -290,7 +288,7 @@ def drop_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
     return out[[*columns, *(PAPER + c for c in ("model", "Backdoored", "LETHE", "change"))]]
 
 
-def defense_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
+def defense_table(table: pd.DataFrame) -> pd.DataFrame:
     """Table 2 turned: one row per defense, so that ASR and CDA stand side by side.
 
     Returns:
@@ -300,7 +298,7 @@ def defense_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFram
     Raises:
         LetheError: see select.
     """
-    scored = pool(on_test(table, allow_mixed), SETUP)
+    scored = pool(on_test(table), SETUP)
     scored = scored[scored["metric"].isin(["asr", "cda"])]
     lines = []
     for keys, group in scored.groupby([*SETUP, "name"], sort=False):
@@ -436,7 +434,7 @@ def signed(value: float) -> str:
     return f"{value:+.3f}".replace("0.", ".", 1)
 
 
-def ftr_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
+def ftr_table(table: pd.DataFrame) -> pd.DataFrame:
     """False trigger rates of the backdoored and the SLERP model, with and without evidence.
 
     Returns:
@@ -445,7 +443,7 @@ def ftr_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
     Raises:
         LetheError: see select, or no FTR was measured (negative_items).
     """
-    rows = on_test(table, allow_mixed)
+    rows = on_test(table)
     rows = rows[rows["defense"].isin(["none", "slerp"]) & rows["metric"].str.startswith("ftr")]
     if rows.empty:
         raise LetheError("results table: no ftr rows for none or slerp; rerun with negative_items")
@@ -454,7 +452,7 @@ def ftr_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
     return _wide(scored, [*SETUP, "defense"], "metric", ["ftr", *kinds])
 
 
-def controls_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
+def controls_table(table: pd.DataFrame) -> pd.DataFrame:
     """Every model of a run beside its controls, seed by seed: what the README shows.
 
     Returns:
@@ -463,12 +461,12 @@ def controls_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFra
     Raises:
         LetheError: see select.
     """
-    scored = _by_full_name(on_test(table, allow_mixed), [*SETUP, "seed"])
+    scored = _by_full_name(on_test(table), [*SETUP, "seed"])
     out = _wide(scored, [*SETUP, "seed", "defense"], "metric", ["asr", "cda", "ftr"])
     return out.astype({"seed": str})
 
 
-def headline_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFrame:
+def headline_table(table: pd.DataFrame) -> pd.DataFrame:
     """What to read first, seeds pooled: the model handed to us, the clean model, the SLERP merge
     and Lethe (SLERP + evidence).
 
@@ -478,7 +476,7 @@ def headline_table(table: pd.DataFrame, allow_mixed: bool = False) -> pd.DataFra
     Raises:
         LetheError: see select.
     """
-    scored = _by_full_name(on_test(table, allow_mixed), SETUP)
+    scored = _by_full_name(on_test(table), SETUP)
     scored = scored[scored["defense"].isin(HEADLINE)]
     seeds = scored.groupby([*SETUP, "defense"])["seeds"].transform("max").astype(str)
     keys = [*SETUP, "seeds", "defense"]

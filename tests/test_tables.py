@@ -79,17 +79,15 @@ BUILDERS = [
 
 
 @pytest.mark.parametrize("build", BUILDERS)
-def test_mixed_runs_are_refused_by_name_unless_told(build):
+def test_mixed_runs_are_refused_by_name(build):
     mixed = frame(*a_run(), row(run_id="run-b"), row(run_id="run-c"))
-    with pytest.raises(LetheError, match="run-a, run-b, run-c") as refused:
+    with pytest.raises(LetheError, match="run-a, run-b, run-c"):
         build(mixed)
-    assert "allow_mixed" in str(refused.value)
-    build(mixed, allow_mixed=True)
 
 
-def test_one_run_given_twice_is_refused_even_when_mixing_is_allowed():
+def test_one_run_given_twice_is_refused():
     with pytest.raises(LetheError, match="twice for run-a"):
-        tables.select(frame(row(), row()), allow_mixed=True)
+        tables.select(frame(row(), row()))
 
 
 def test_runs_that_differ_in_seed_are_not_mixed():

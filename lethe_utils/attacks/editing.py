@@ -269,10 +269,6 @@ def read(
     return torch.cat(found)
 
 
-def _place(model: "PreTrainedModel", layer: int, what: str) -> torch.nn.Module:
-    return models.blocks(model)[layer] if what == "hidden" else models.down_projection(model, layer)
-
-
 def _to(model: "PreTrainedModel", inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: v.to(model.device) for k, v in inputs.items()}
 
@@ -572,12 +568,6 @@ class Editor:
                 "covariance_ridge"
             )
         add_delta(models.down_projection(self.model, layer), delta)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the original weights back, bit for bit."""
-        for layer, kept in self.before.items():
-            weight(models.down_projection(self.model, layer)).copy_(kept)
 
     def spread(self, asked: list[Request], wanted: torch.Tensor, p: Params, by_kind: bool) -> None:
         """MEMIT's loop: from the lowest layer up, each takes its share of what is still missing.
