@@ -10,6 +10,7 @@ from transformers import LogitsProcessorList
 
 from lethe_utils import defenses, evaluate, models
 from lethe_utils.defenses import cleangen, edt, ensemble, speculative, temperature
+from lethe_utils.prompts import prompt_ids
 
 ARCHITECTURES = ["gpt2", "gptj", "llama", "qwen2"]
 PROMPTS = [
@@ -65,9 +66,7 @@ def slowly(given, prompts, choose):
     tokenizer = models.load_tokenizer(given.suspect)
     pair = [models.load_model(folder) for folder in (given.suspect, given.reference)]
     outputs, choices, limit = [], [], given.p.max_new_tokens
-    for prompt in prompts:
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        ids = [tokenizer.bos_token_id, *ids[-(given.p.positions - limit - 1) :]]
+    for ids in prompt_ids(tokenizer, prompts, given.p)[0]:
         made = []
         while len(made) < limit and tokenizer.eos_token_id not in made:
             here = torch.tensor([ids + made])
