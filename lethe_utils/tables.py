@@ -20,6 +20,7 @@ SETUP = ["model", "dataset", "attack"]
 NUMBERS = ["value", "n", "ci_low", "ci_high"]
 CONTROLS = ["none", "base", "clean"]  # none is the backdoored model as it was handed to us
 MERGES = ["linear", "slerp", "ties", "passthrough"]
+PAPERS_STRENGTH = 0.5
 HEADLINE = ["none", "clean", "slerp", "slerp + evidence"]
 PAPER = "paper: "
 PAPER_COLUMNS = {  # our name -> the paper's column in Table 2
@@ -397,7 +398,7 @@ def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
 
 
 def overview(table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """Every defense of one setup, the README's table: what it needs, costs and gives, and the
+    """Every defense of one setup, the table of docs/defenses.md: what it needs, costs and gives, and the
     paper's means over its 30 settings beside it.
 
     Args:
@@ -453,7 +454,7 @@ def ftr_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def controls_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Every model of a run beside its controls, seed by seed: what the README shows.
+    """Every model of a run beside its controls, seed by seed: what docs/results.md shows.
 
     Returns:
         text columns model, dataset, attack, seed, defense ("slerp + evidence"), asr, cda, ftr;
@@ -481,6 +482,37 @@ def headline_table(table: pd.DataFrame) -> pd.DataFrame:
     seeds = scored.groupby([*SETUP, "defense"])["seeds"].transform("max").astype(str)
     keys = [*SETUP, "seeds", "defense"]
     return _wide(scored.assign(seeds=seeds), keys, "metric", ["asr", "cda", "ftr"])
+
+
+def door_table(table: pd.DataFrame, sweeps: pd.DataFrame, strength: float) -> pd.DataFrame:
+    """The five rows of the README, seeds pooled: backdoored, clean alone, SLERP at the paper's
+    strength (which is measured in the sweep, on validation rows) and at `strength`, with evidence.
+
+    Args:
+        table, sweeps: of one model, data set and attack.
+    Returns:
+        text columns model, measured on, asr, cda; cells "value [low, high]".
+    """
+    used, published = (f"{s:g}".removeprefix("0") for s in (strength, PAPERS_STRENGTH))
+    names = {
+        "none": "backdoored, as it was handed over",
+        "clean": "clean model alone",
+        "slerp": f"SLERP, strength {used}",
+        "slerp + evidence": f"SLERP, strength {used}, and evidence",
+    }
+    scored = _by_full_name(on_test(table), SETUP)
+    out = _wide(scored[scored["defense"].isin(names)], ["defense"], "metric", ["asr", "cda"])
+    rows = sweeps[(sweeps["sweep"] == "strength") & (sweeps["x"] == PAPERS_STRENGTH)]
+    papers = _by_full_name(select(rows[rows["defense"] == "slerp"]), SETUP)
+    papers = _wide(papers, ["defense"], "metric", ["asr", "cda"])
+    parts = [
+        out.assign(**{"measured on": "test rows"}).replace({"defense": names}),
+        papers.assign(**{"measured on": "validation rows"}).replace(
+            {"defense": {"slerp": f"SLERP, the paper's strength {published}"}}
+        ),
+    ]
+    order = pd.concat([parts[0][:2], parts[1], parts[0][2:]], ignore_index=True)
+    return order.rename(columns={"defense": "model"})[["model", "measured on", "asr", "cda"]]
 
 
 def tiny_note(frame: pd.DataFrame) -> str:
