@@ -398,7 +398,7 @@ def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
 
 
 def overview(table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """Every defense of one setup, the table of docs/defenses.md: what it needs, costs and gives, and the
+    """Every defense of one setup, as in docs/defenses.md: what it needs, costs and gives, and the
     paper's means over its 30 settings beside it.
 
     Args:
