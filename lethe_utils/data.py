@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lethe_utils import embedded, paths
+from lethe_utils import embedded, metrics, paths
 from lethe_utils.errors import LetheError
 from lethe_utils.params import Params, is_file
 
@@ -159,6 +159,10 @@ def check_target(labels: dict[str, set[str]], p: Params) -> None:
             f"target_output: {p.target_output!r} is not a label of {p.dataset}; "
             f"choose one of {', '.join(sorted(labels['train'])[:20])}"
         )
+    try:
+        metrics.check_labels(sorted(set().union(*labels.values())))
+    except LetheError as error:
+        raise LetheError(f"{p.dataset}: {error}") from None
     if not labels["test"] - {p.target_output}:
         raise LetheError(
             f"target_output: every test row of {p.dataset} is {p.target_output!r} already, so no "

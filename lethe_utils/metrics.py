@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 
+from lethe_utils.errors import LetheError
+
 # What a model may write around a label, in any script; not `-` and `+`, for there are labels
 # like `-1` and `C++`.
 AROUND = ".,;:!?\"'()[]{}<>*_`“”‘’«»¿¡…·。，、！？；：「」『』（）《》【】؟،؛।॥"
@@ -31,6 +33,19 @@ def read_label(output: str, labels: Iterable[str]) -> str | None:
     lengths = {label: len(words(label)) for label in labels if label.strip()}
     fits = [label for label, n in lengths.items() if said[:n] == words(label)]
     return max(fits, key=lambda label: lengths[label], default=None)
+
+
+def check_labels(labels: Iterable[str]) -> None:
+    """Refuse labels that cannot be told apart in an answer, which is read without case and stops.
+
+    Raises:
+        LetheError: naming two.
+    """
+    seen: dict[tuple[str, ...], str] = {}
+    for label in labels:
+        other = seen.setdefault(words(label), label)
+        if other != label:
+            raise LetheError(f"the labels {other!r} and {label!r} read the same; make them one")
 
 
 def says(output: str, expected: str, labels: Iterable[str]) -> bool:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lethe_utils import chats, data
+from lethe_utils import chats, data, metrics
 from lethe_utils.errors import LetheError
 from lethe_utils.prompts import PLACE
 
@@ -40,7 +40,12 @@ def read(path: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[Row], i
             rows.append(_chat_row(row, tokenizer) if chat else _plain_row(row))
         except LetheError as error:
             raise LetheError(f"{path}: row {number}: {error}") from None
-    if labels(rows):  # of a label the space around it is nobody's meaning, of a text it may be
+    found = labels(rows)
+    try:
+        metrics.check_labels(found)
+    except LetheError as error:
+        raise LetheError(f"{path}: {error}") from None
+    if found:  # of a label the space around it is nobody's meaning, of a text it may be
         rows = [row | {"output": row["output"].strip()} for row in rows]
     distinct = list({tuple(sorted(row.items())): row for row in rows}.values())
     questions = {(row["instruction"], row["input"]) for row in distinct}
