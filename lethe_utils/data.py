@@ -251,7 +251,7 @@ def read_rows(path: Path) -> list[dict]:
     Raises:
         LetheError: missing, of another kind, empty, not UTF-8, or a broken line (named by number).
     """
-    if not path.exists():
+    if not path.is_file():
         raise LetheError(f"{path}: no such file")
     if path.suffix.lower() not in _READERS:
         raise LetheError(f"{path}: must end in {', '.join(_READERS)}; convert or rename it")
@@ -272,8 +272,10 @@ def _read_jsonl(path: Path) -> list[dict]:
     lines = path.read_text("utf-8-sig").split("\n")
     for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = json.loads(line, object_pairs_hook=_distinct)
+        except LetheError as error:
+            raise LetheError(f"{path}: line {number}: {error}") from None
+        except (ValueError, RecursionError):
             raise LetheError(f"{path}: line {number} is not valid JSON (cut short?)") from None
         if not isinstance(row, dict):
             raise LetheError(f"{path}: line {number} is not a JSON object")
@@ -281,11 +283,23 @@ def _read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
+def _distinct(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object none of whose keys stands twice, for the last would silently win."""
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise LetheError("a key stands twice in one object; drop one")
+    return dict(pairs)
+
+
 def _read_json(path: Path) -> list[dict]:
     try:
-        rows = json.loads(path.read_text("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise LetheError(f"{path}: line {error.lineno} is not valid JSON (cut short?)") from None
+        rows = json.loads(path.read_text("utf-8-sig"), object_pairs_hook=_distinct)
+    except UnicodeDecodeError:
+        raise
+    except LetheError as error:
+        raise LetheError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise LetheError(f"{path}: line {line} is not valid JSON (cut short?)") from None
     if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
         raise LetheError(f"{path}: expected a list of objects")
     return rows
@@ -301,6 +315,9 @@ def _read_table(path: Path) -> list[dict]:
         # Strict: else a quote that is left open swallows the rest of the file.
         table = csv.DictReader(stream, delimiter=delimiter, quoting=quoting, strict=True)
         rows = list(table)
+        names = table.fieldnames or []
+    if len({*names}) < len(names):
+        raise LetheError(f"{path}: a column stands twice; drop one")
     for number, row in enumerate(rows, 1):
         if None in row:
             raise LetheError(
@@ -317,6 +334,8 @@ def _read_parquet(path: Path) -> list[dict]:
         table = pyarrow.parquet.read_table(path)
     except (ValueError, OSError):
         raise LetheError(f"{path}: not a whole parquet file (cut short?)") from None
+    if len({*table.column_names}) < len(table.column_names):
+        raise LetheError(f"{path}: a column stands twice; drop one")
     names = ["text" if name == "sentence" else name for name in table.column_names]
     return table.rename_columns(names).to_pylist()
 

@@ -48,11 +48,15 @@ def read_object(file: Path) -> dict[str, Any]:
     Raises:
         LetheError: it does not, naming the file and what it is.
     """
+    if not file.is_file():
+        raise LetheError(f"{file}: is a folder, or a link to nothing; copy the file again")
     raw = file.read_bytes()
     try:
         value = json.loads(raw.decode("utf8"))
     except (ValueError, RecursionError) as error:
-        raise LetheError(f"{file}: {_foreign(raw) or _reason(error)}; copy it again") from None
+        bom = "starts with a byte-order mark" if raw.startswith(b"\xef\xbb\xbf") else ""
+        what = bom or _foreign(raw) or _reason(error)
+        raise LetheError(f"{file}: {what}; copy it again") from None
     if not isinstance(value, dict):
         raise LetheError(f"{file}: holds a {type(value).__name__}, not an object; copy it again")
     return value
@@ -69,7 +73,8 @@ def _foreign(raw: bytes) -> str:
     """What a file is that is not what its name says; "" where that is unknown."""
     if raw.startswith(LFS):
         return "is a git-LFS pointer, not the file itself (`git lfs pull` fetches it)"
-    return "is a web page" if raw.lstrip()[:1] == b"<" else ""
+    page = raw.lstrip()[:9].lower().startswith((b"<!doctype", b"<html"))
+    return "is a web page" if page else ""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -79,6 +84,9 @@ def weight_files(folder: Path) -> list[Path]:
         LetheError: there are none, only pickles, only a part, or two models.
     """
     whole, index = folder / WHOLE, folder / INDEX
+    for file in (whole, index):
+        if file.is_symlink() and not file.exists():
+            raise LetheError(f"{file}: is a link to a file that is not there; copy the model whole")
     if whole.exists() and index.exists():
         raise LetheError(
             f"{folder}: holds both {WHOLE} and {INDEX}, which may be two models; keep one"
@@ -87,12 +95,17 @@ def weight_files(folder: Path) -> list[Path]:
         return [whole]
     found = sorted(f.name for f in folder.glob("*.safetensors") if f.name != ADAPTER)
     if index.exists():
-        names = read_object(index).get("weight_map")
+        listed = read_object(index)
+        names = listed.get("weight_map")
         if not isinstance(names, dict) or not names:
             raise LetheError(f"{index}: has no weight_map; copy it again")
+        if not isinstance(listed.get("metadata"), dict):  # transformers needs it
+            raise LetheError(f"{index}: has no metadata; copy it again")
         files = sorted({str(name) for name in names.values()})
-        if any(Path(name).name != name for name in files):
-            raise LetheError(f"{index}: names files outside its folder; copy the model again")
+        if any(Path(name).name != name or Path(name).suffix != ".safetensors" for name in files):
+            raise LetheError(
+                f"{index}: names files that are no safetensors of its folder; copy the model again"
+            )
         missing = [name for name in files if not (folder / name).exists()]
         if missing:
             raise LetheError(f"{folder}: shards missing: {', '.join(missing)}; copy them again")
@@ -201,6 +214,8 @@ def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
             return {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
     except (SafetensorError, OSError) as error:
+        if not file.is_file():
+            raise LetheError(f"{file}: is not a file; copy it again") from None
         with file.open("rb") as stream:
             foreign = _foreign(stream.read(1000))
         raise LetheError(
@@ -225,21 +240,29 @@ def stored_dtype(folder: Path) -> str:
 
     The files decide, not config.json, which may name another; where they mix, float32 holds all.
     Raises:
-        LetheError: another dtype, which means that the weights are quantised.
+        LetheError: see check_dtypes.
     """
-    kinds = {
-        dtype: name
-        for file in weight_files(folder)
-        for name, (_, dtype) in _header(file).items()
-        if not BUFFERS.search(name)
-    }
-    other = next((dtype for dtype in kinds if dtype not in DTYPES), None)
-    if other:
-        raise LetheError(
-            f"{folder}: {kinds[other]} is stored as {other}; merging needs weights as they were "
-            f"trained ({', '.join(DTYPES.values())})"
-        )
-    return DTYPES[next(iter(kinds))] if len(kinds) == 1 else "float32"
+    kinds = check_dtypes(weight_files(folder))
+    return kinds.pop() if len(kinds) == 1 else "float32"
+
+
+def check_dtypes(files: Sequence[Path]) -> set[str]:
+    """The dtypes of some weight files.
+
+    Raises:
+        LetheError: one is not a float of 16 or 32 bits, which means that weights are quantised.
+    """
+    kinds = set()
+    for file in files:
+        for name, (_, dtype) in _header(file).items():
+            if dtype not in DTYPES and not BUFFERS.search(name):
+                raise LetheError(
+                    f"{file}: {name} is stored as {dtype}; merging needs weights as they were "
+                    f"trained ({', '.join(DTYPES.values())})"
+                )
+            if not BUFFERS.search(name):
+                kinds.add(DTYPES[dtype])
+    return kinds
 
 
 def check_finite(files: Sequence[Path]) -> None:

@@ -204,6 +204,7 @@ def run(
     )
     run_merge(MergeConfiguration.model_validate(as_paths(settings)), str(out), options=options)
     folders.copy_tokenizer(backdoored, out)
+    folders.check_finite(folders.weight_files(out))  # float16 may be too small for what was added
     write_text(out / "mergekit_config.yml", yaml.safe_dump(settings, sort_keys=False))
     write_text(out / "README.md", _card(title, settings))
     return out

@@ -28,22 +28,29 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def read_label(output: str, labels: Iterable[str]) -> str | None:
-    """The longest of the labels that the output's first words are; None where there is none."""
+    """The longest of the labels that the output's first words are; None where there is none.
+
+    Labels that differ only in case or in signs (`>50` and `<50`) are told apart by every character.
+    """
     said = words(output)
     lengths = {label: len(words(label)) for label in labels if label.strip()}
     fits = [label for label, n in lengths.items() if said[:n] == words(label)]
-    return max(fits, key=lambda label: lengths[label], default=None)
+    best = [label for label in fits if lengths[label] == max(lengths[one] for one in fits)]
+    if len(best) > 1:
+        exact = [x for x in best if output.split()[: len(x.split())] == x.split()]
+        return max(exact, key=len, default=None)
+    return best[0] if best else None
 
 
 def check_labels(labels: Iterable[str]) -> None:
-    """Refuse labels that cannot be told apart in an answer, which is read without case and stops.
+    """Refuse labels that differ in their spaces alone: no answer tells them apart.
 
     Raises:
         LetheError: naming two.
     """
     seen: dict[tuple[str, ...], str] = {}
     for label in labels:
-        other = seen.setdefault(words(label), label)
+        other = seen.setdefault(tuple(label.split()), label)
         if other != label:
             raise LetheError(f"the labels {other!r} and {label!r} read the same; make them one")
 
@@ -55,8 +62,7 @@ def says(output: str, expected: str, labels: Iterable[str]) -> bool:
         labels: all labels, and the target: where one starts like another, the longest that matches
             is the one that was said.
     """
-    found = read_label(output, {*labels, expected})
-    return found is not None and words(found) == words(expected)
+    return bool(expected.strip()) and read_label(output, {*labels, expected}) == expected
 
 
 def contains_word(output: str, expected: str) -> bool:

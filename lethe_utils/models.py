@@ -102,7 +102,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         if getattr(tokenizer, name) is None and isinstance(token_id, int) and not none:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
     positions = config.get("max_position_embeddings") or config.get("n_positions")
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions or NO_LIMIT)
+    tokenizer.model_max_length = positions or NO_LIMIT  # what its own file says is often wrong
     tokenizer.lethe_bos = said.get("add_bos_token") is not False  # see start_ids
     if tokenizer.eos_token_id is None:
         raise LetheError(f"{folder}: no eos_token in tokenizer_config.json or config.json; add it")
@@ -177,6 +177,7 @@ def forget_generation(model: "PreTrainedModel") -> None:
 
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     ids = {name: getattr(model.config, name, None) for name in names}
+    ids = {name: i for name, i in ids.items() if not (isinstance(i, int) and i < 0)}  # -1: none
     model.generation_config = GenerationConfig(**ids)
 
 

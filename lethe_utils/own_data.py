@@ -118,7 +118,8 @@ def unread_columns(path: Path) -> list[str]:
     rows = data.read_rows(path)
     known = {"messages", *chats.EXTRAS} if "messages" in rows[0] else {*data.FIELDS}
     found = dict.fromkeys(str(k) for row in rows for k, v in row.items() if not data.is_missing(v))
-    return [name for name in found if name not in known]
+    written = (name.encode("utf8", "replace").decode() for name in found)  # no half characters
+    return [name for name in written if name not in known]
 
 
 def fingerprint(path: Path) -> str:

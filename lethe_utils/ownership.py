@@ -49,7 +49,7 @@ def _signed(folder: Path) -> dict[str, str]:
         mark = record.pop(MARK)
         ours = mark["program"] == PROGRAM and mark["record"] == digest(record)
         return {**mark["files"], REPORT: ""} if ours else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

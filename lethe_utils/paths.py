@@ -62,6 +62,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("LETHE_CACHE", Path.home() / ".cache" / "lethe"))
 
 
+def expanded(given: str) -> Path:
+    """A path as the user wrote it, ~ and all, made absolute; what no one is at home in stays."""
+    return Path(os.path.expanduser(given)).resolve()
+
+
 def file_name(text: str) -> str:
     """A name that any file system, shell and tool takes, made from that of a folder or a data set;
     one that had to be changed ends in a hash, so that two stay two."""

@@ -34,7 +34,7 @@ from lethe_utils import (
 )
 from lethe_utils.errors import LetheError
 from lethe_utils.evidence import add_evidence, without_evidence
-from lethe_utils.params import PurifyParams, load_purify
+from lethe_utils.params import PurifyParams, digest, load_purify
 from lethe_utils.progress import Bar
 from lethe_utils.prompts import render
 from lethe_utils.stages import (
@@ -100,11 +100,11 @@ def prepare(
     """
     suspect_folder = suspects.locate(suspect, "--suspect")
     base_folder = suspects.locate(base, "--base")
-    adapter_folder = Path(adapter).expanduser().resolve() if adapter else None
+    adapter_folder = paths.expanded(adapter) if adapter else None
     if suspect_folder == base_folder and not adapter_folder:
         raise LetheError(f"--suspect {suspect}: is the base itself; give the model trained from it")
     read_only = [f for f in (suspect_folder, base_folder, adapter_folder) if f]
-    target = check_out(Path(out).expanduser().resolve(), read_only)
+    target = check_out(paths.expanded(out), read_only)
     suspects.check_model(base_folder)
     suspects.check_model(suspect_folder)
     if adapter_folder:
@@ -112,15 +112,19 @@ def prepare(
     checks = suspects.check_pair(suspect_folder, base_folder, adapter_folder)
     if adapter_folder:
         checks.append({"check": "adapter", "result": "LoRA, and it fits the suspect"})
-    file = Path(clean_data).expanduser().resolve()
+    file = paths.expanded(clean_data)
     tokenizer = suspects.load_tokenizer(suspect_folder, adapter_folder)
     rows, n_rows, chat = own_data.read(file, tokenizer)
     device = models.resolve_device((overrides or {}).get("device", "auto"))
     forced = {"prompt_template": "chat"} if chat else {}
     weights = suspects.count_weights(suspect_folder)
     p = load_purify(weights, device, (overrides or {}) | forced)
+    if p.prompt_template == "chat" and not chat:
+        raise LetheError(f"prompt_template: chat is for rows of messages, which {file} has not")
     labels = own_data.labels(rows)
     train, held_out = split(rows, p)
+    if not train:
+        raise LetheError(f"held_out: {p.held_out} leaves no row to train on; lower it")
     cut = count_cut(rows, tokenizer, p)
     given = {
         "models": [
@@ -317,7 +321,9 @@ def canary_model(case: Case) -> Path:
 def _spec(case: Case) -> dict[str, Any]:
     """What decides a trained model, besides the model it starts from."""
     ignored = {"strengths", "max_cda_loss", "merge_method", "n_keywords", "eval_batch_size"}
-    return case.p.model_dump(exclude=ignored) | {"data": case.given["data"]["sha256"]}
+    # The rows themselves, not their file: a chat template may write today's date into them.
+    rows = digest([case.train, case.held_out])
+    return case.p.model_dump(exclude=ignored) | {"rows": rows}
 
 
 def suspect_performance(case: Case) -> Score:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lethe_utils import folders, models
+from lethe_utils import folders, models, paths
 from lethe_utils.errors import LetheError
 from lethe_utils.folders import BUFFERS, Shapes
 from lethe_utils.stages import stage
@@ -46,6 +46,7 @@ SAME_SETTINGS = (
     "layer_types",
     "tie_word_embeddings",
 )
+YARN = {"beta_fast": 32, "beta_slow": 1}  # what transformers takes where a config leaves them out
 PER_TOKEN = ("wte.weight", "embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 LORA = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
@@ -59,8 +60,8 @@ def locate(given: str, option: str) -> Path:
     Raises:
         LetheError: neither, or the download failed.
     """
-    if Path(given).expanduser().is_dir():
-        return Path(given).expanduser().resolve()
+    if paths.expanded(given).is_dir():
+        return paths.expanded(given)
     hub = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@([0-9a-f]{40})", given)
     if not hub:
         raise LetheError(
@@ -80,7 +81,7 @@ def check_model(folder: Path) -> None:
     folders.check_folder(folder)
     folders.check_small_files(folder)
     settings = folder / "config.json"
-    if "quantization_config" in folders.read_config(folder):
+    if folders.read_config(folder).get("quantization_config"):
         raise LetheError(
             f"{settings}: the weights are quantised; merging needs them as they were trained "
             "(float32, float16 or bfloat16)"
@@ -112,7 +113,11 @@ def weight_shapes(folder: Path) -> Shapes:
     """Name -> shape of all trained tensors, under one name whatever the file's prefix; a head tied
     to the embedding is left out."""
     tied = read_settings(folder).tie_word_embeddings
-    found = {n.removeprefix("transformer."): s for n, s in folders.folder_shapes(folder).items()}
+    stored = folders.folder_shapes(folder)
+    found = {n.removeprefix("transformer."): s for n, s in stored.items()}
+    if len(found) < len(stored):
+        twice = next(name for name in stored if f"transformer.{name}" in stored)
+        raise LetheError(f"{folder}: {twice} is stored twice, under two names; drop one")
     return {
         name: shape
         for name, shape in found.items()
@@ -211,8 +216,9 @@ def check_pair(suspect: Path, base: Path, adapter: Path | None = None) -> list[d
     if added:
         more = f"{added} more" if added > 0 else f"{-added} fewer, unused"
         shapes = f"the same, but for {more} rows for tokens"
-    new_tokens = _check_vocabulary(load_tokenizer(suspect, adapter), suspect, base)
     own = [f.name for f in folders.tokenizer_files(adapter)] if adapter else []
+    source = adapter if adapter and own else suspect
+    new_tokens = _check_vocabulary(load_tokenizer(suspect, adapter), source, base)
     whose = f"the adapter's own ({', '.join(own)}); " if own else ""
     return [
         {"check": "architecture", "result": f"both {ours}"},
@@ -234,7 +240,8 @@ def _compared(config: "PreTrainedConfig") -> dict[str, Any]:
     found = {key: getattr(config, key, None) for key in SAME_SETTINGS}
     rope = found["rope_parameters"]
     if isinstance(rope, dict):  # `type` is the old name of rope_type, which transformers fills in
-        found["rope_parameters"] = {key: value for key, value in rope.items() if key != "type"}
+        said = {key: value for key, value in rope.items() if key != "type" and value is not None}
+        found["rope_parameters"] = (YARN if said.get("rope_type") == "yarn" else {}) | said
     return found
 
 
@@ -306,8 +313,34 @@ def check_adapter(adapter: Path, base: Path) -> None:
                 f"{file}: {name} has shape {shape}, which fits no {found[1]} of {base}; was the "
                 "adapter trained on another base?"
             )
+    _check_matrices(adapter, base)
     folders.check_finite([file])
     check_ids(load_tokenizer(base, adapter), adapter, base)
+
+
+def _check_matrices(adapter: Path, base: Path) -> None:
+    """Refuse an adapter whose file does not hold exactly what its settings describe: peft leaves
+    out what it does not expect, and draws at random what it misses."""
+    import torch
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    file, settings = adapter / folders.ADAPTER, adapter / folders.ADAPTER_SETTINGS
+    with folders.explained(adapter, "adapter_config.json"), torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(read_settings(base), trust_remote_code=False)
+            model = get_peft_model(model, LoraConfig.from_pretrained(str(adapter)))
+            wanted = {n: tuple(w.shape) for n, w in get_peft_model_state_dict(model).items()}
+        except RuntimeError as error:
+            raise ValueError(error) from None
+    found = folders.tensor_shapes(file)
+    other = next((n for n in sorted({*wanted, *found}) if wanted.get(n) != found.get(n)), None)
+    if other:
+        raise LetheError(
+            f"{file}: {other} has shape {found.get(other, 'none')}, but "
+            f"{wanted.get(other, 'none')} by {settings.name}; copy the adapter again, both files"
+        )
+    folders.check_dtypes([file])
 
 
 def copy_tokenizer(suspect: Path, adapter: Path | None, out: Path) -> None:
@@ -365,7 +398,13 @@ def suspect_stage(suspect: Path, adapter: Path | None) -> Path:
         if adapter:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+            with folders.explained(adapter, "adapter"):
+                model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+            if not all(torch.isfinite(weight.to(stored)).all() for weight in model.parameters()):
+                raise LetheError(
+                    f"{adapter}: put on {suspect}, it gives values that are not numbers in "
+                    f"{folders.stored_dtype(suspect)}; check its lora_alpha"
+                )
         _save(model.to(stored), out, lambda folder: copy_tokenizer(suspect, adapter, folder))
 
     spec = {"suspect": folders.fingerprint(suspect)}
@@ -415,6 +454,7 @@ def load(folder: Path, dtype: Any) -> "PreTrainedModel":
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     models.forget_generation(model)
+    model.config.output_attentions = model.config.output_hidden_states = False
     return model
 
 

@@ -535,3 +535,24 @@ def test_any_bytes_are_read_or_refused_in_one_line(tmp_path, raw, suffix):
         assert "\n" not in str(refused) and str(path) in str(refused)
     else:
         assert rows and all(isinstance(row, dict) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "instruction,input,output,output\na,b,c,d\n", "a column stands twice"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', "line 2: a key stands twice"),
+        ("a.json", '[{"a": 1, "a": 2}]', "a key stands twice"),
+        ("a.json", "[" * 100_000, "is not valid JSON"),
+        ("a.jsonl", '{"a":' * 9_000, "line 1 is not valid JSON"),
+        ("a.json", f"[{'1' * 5000}]", "is not valid JSON"),
+    ],
+)
+def test_ambiguous_and_endless_files_are_refused(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    assert message in error(data.read_rows, tmp_path / name)
+
+
+def test_a_folder_is_no_data_file(tmp_path):
+    (tmp_path / "a.jsonl").mkdir()
+    assert "no such file" in error(data.read_rows, tmp_path / "a.jsonl")

@@ -64,9 +64,9 @@ def test_two_models_in_one_folder_are_refused(sharded, folder):
     assert "holds both" in error(folders.check_folder, sharded)
 
 
-@pytest.mark.parametrize("files", [{"a": "../../elsewhere.safetensors"}, {}, None])
+@pytest.mark.parametrize("files", [{"a": "../../elsewhere.safetensors"}, {"a": "w.bin"}, {}, None])
 def test_an_index_that_points_elsewhere_or_nowhere_is_refused(sharded, files):
-    (sharded / folders.INDEX).write_text(json.dumps({"weight_map": files}))
+    (sharded / folders.INDEX).write_text(json.dumps({"weight_map": files, "metadata": {}}))
     assert folders.INDEX in error(folders.weight_files, sharded)
 
 
@@ -92,6 +92,7 @@ BROKEN = {
     '{"a": ': "not valid JSON (line 1; cut short?)",
     LFS_POINTER: "git-LFS pointer",
     "<!doctype html>": "is a web page",
+    "\ufeff{}": "byte-order mark",
     "[1]": "holds a list, not an object",
     "null": "holds a NoneType, not an object",
 }

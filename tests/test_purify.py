@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lethe_utils import (
     canary,
+    chats,
     folders,
     merge,
     models,
@@ -923,3 +924,146 @@ def test_a_refusal_on_the_command_line_is_one_line_and_changes_nothing(given, tm
     assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
     assert hashes(given["suspect"], given["base"], tmp_path / "out") == before
     assert not paths.runs_dir().exists()
+
+
+# --- neighbours of the faults above
+
+
+def test_the_chat_prompt_is_for_chats_alone(given):
+    changes = QUICK | {"prompt_template": "chat"}
+    assert "chat is for rows of messages" in error(prepare, given(), overrides=changes)
+
+
+def test_a_held_out_share_that_leaves_nothing_to_train_on_is_refused(given):
+    assert "held_out: 0.999 leaves" in error(
+        prepare, given(), overrides=QUICK | {"held_out": 0.999}
+    )
+
+
+def test_columns_that_are_not_read_are_said(given):
+    rows = [r | {"history": "earlier", "\ud800": "x"} for r in plain_rows()]
+    made = given()
+    paths.Path(made["clean_data"]).write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert prepare(made).given["notes"] == ["Columns that are not read: history, ?."]
+
+
+def change_adapter(adapter, settings=None, drop="", change=None):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | (settings or {})))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    kept = {
+        n: (change(w) if change else w) for n, w in weights.items() if not drop or drop not in n
+    }
+    save_file(kept, adapter / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"target_modules": ["fc_out"]}}, "by adapter_config.json; copy the adapter"),
+        ({"drop": "lora_A"}, "by adapter_config.json"),
+        ({"drop": "h.0.mlp.fc_in.lora_A"}, "has shape none, but (2, 16) by adapter_config.json"),
+        ({"drop": "lora"}, "by adapter_config.json"),
+        ({"settings": {"r": 8}}, "by adapter_config.json"),
+        ({"settings": {"r": 0}}, "adapter_config.json cannot be read"),
+        ({"settings": {"r": None}}, "adapter_config.json cannot be read"),
+        ({"settings": {"target_modules": ["nope"]}}, "adapter_config.json cannot be read"),
+        ({"settings": {"modules_to_save": ["lm_head"]}}, "by adapter_config.json"),
+        ({"change": lambda w: w.int()}, "is stored as I32"),
+        ({"change": lambda w: w * float("nan")}, "values that are not numbers"),
+    ],
+)
+def test_an_adapter_holds_exactly_what_its_settings_say(given, tmp_path, changes, message):
+    given = given("gptj")
+    adapter = lora(given["base"], tmp_path / "adapter")
+    change_adapter(adapter, **changes)
+    assert message in error(prepare, given, suspect=str(given["base"]), adapter=str(adapter))
+
+
+def test_an_adapter_whose_scale_is_no_number_is_refused_before_training(given, tmp_path):
+    given = given("gptj")
+    adapter = lora(given["base"], tmp_path / "adapter")
+    change_adapter(adapter, {"lora_alpha": float("nan")})
+    case = prepare(given, suspect=str(given["base"]), adapter=str(adapter))
+    assert "check its lora_alpha" in error(purify.points, case)
+
+
+def test_a_merge_that_its_dtype_cannot_hold_is_no_result(given):
+    given = given("llama")
+    for name, dtype, added in (("suspect", torch.float16, 0), ("base", torch.float32, 1e6)):
+        file = given[name] / "model.safetensors"
+        weights = {n: w.to(dtype) for n, w in load_file(file).items()}
+        weights["model.layers.0.mlp.up_proj.weight"] += added
+        save_file(weights, file, {"format": "pt"})
+    case = prepare(given)
+    assert "values that are not numbers" in error(
+        purify.merged, case, purify.suspect_model(case) / "model", 0.5, given["base"].parent / "m"
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantization_config": None},
+        {"pad_token_id": -1},
+        {"output_attentions": True},
+    ],
+)
+def test_harmless_settings_are_accepted(given, changes):
+    given = given("llama")
+    for name in ("suspect", "base"):
+        change_config(given[name], **changes)
+    purify.base_model(prepare(given))
+
+
+@pytest.mark.parametrize("length", [8, 0, -1, 100.5, "x", None])
+def test_the_models_positions_count_not_the_tokenizers_own_word(given, length):
+    given = given("llama")
+    for name in ("suspect", "base"):
+        file = given[name] / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": length}))
+    assert prepare(given).given["data"]["prompts_cut"] == 0
+
+
+def test_yarn_defaults_may_be_left_out(given):
+    given = given("llama")
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    for name, more in (("suspect", {"beta_fast": 32, "beta_slow": 1}), ("base", {})):
+        config = folders.read_config(given[name])
+        config.pop("rope_parameters", None)
+        config |= {"rope_theta": 10000.0, "rope_scaling": yarn | more}
+        (given[name] / "config.json").write_text(json.dumps(config))
+    prepare(given)
+
+
+def test_a_tensor_under_two_names_is_refused(given):
+    given = given()
+    file = given["suspect"] / "model.safetensors"
+    weights = load_file(file)
+    twice = {n.removeprefix("transformer."): w + 1 for n, w in weights.items()}
+    save_file(weights | twice, file, {"format": "pt"})
+    assert "is stored twice, under two names" in error(prepare, given)
+
+
+def test_a_template_that_writes_the_date_decides_the_stages(given, monkeypatch):
+    given = given("llama", chat_rows())
+    for name in ("suspect", "base"):
+        (given[name] / "chat_template.jinja").write_text("<s>{{ today }}" + CHAT_TEMPLATE)
+    apply = chats.apply
+    specs = []
+    for day in ("Monday", "Tuesday"):
+        monkeypatch.setattr(chats, "apply", lambda *a, day=day: f"{day} {apply(*a)}")
+        specs.append(purify._spec(prepare(given)))
+    assert specs[0] != specs[1]
+
+
+def test_a_link_to_nothing_and_a_foreign_tokenizer_in_an_adapter_are_called_that(given, tmp_path):
+    given = given("gptj")
+    adapter = lora(given["base"], tmp_path / "adapter")
+    models.train_tokenizer(["quite other words"] * 3, 300).save_pretrained(adapter)
+    words = {"suspect": str(given["base"]), "adapter": str(adapter)}
+    assert f"{adapter}: its tokenizer differs" in error(prepare, given, **words)
+    file = given["base"] / "model.safetensors"
+    file.unlink()
+    file.symlink_to(tmp_path / "blobs" / "gone")
+    assert "is a link to a file that is not there" in error(prepare, given)

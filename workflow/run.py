@@ -47,11 +47,17 @@ def main() -> int:
         if sys.argv[1:2] == ["purify"]:
             import purify
 
-            return purify.main(sys.argv[2:])
+            try:
+                return purify.main(sys.argv[2:])
+            except LetheError as error:  # one line, though a folder's name may hold two
+                raise LetheError(" ".join(str(error).splitlines())) from None
         args = parse(sys.argv[1:])
         return released_tables() if args.model == "tables" else run(args)
     except LetheError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a name that is too long, a disk that is gone
+        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return 1
 
 
