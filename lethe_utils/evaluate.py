@@ -172,9 +172,10 @@ def batches(ids: list[list[int]], size: int) -> list[list[int]]:
 def with_room(
     p: Settings, tokenizer: "PreTrainedTokenizerBase", expected: Iterable[str]
 ) -> Settings:
-    """The params, with max_new_tokens raised where the longest of the expected answers has more."""
+    """The params, with max_new_tokens raised where the longest of the expected answers has more, as
+    far as training teaches answers (max_target_tokens)."""
     coded = tokenizer([*expected], add_special_tokens=False)["input_ids"]
-    needed = max(map(len, coded), default=0) + SPARE_TOKENS
+    needed = min(max(map(len, coded), default=0), p.max_target_tokens) + SPARE_TOKENS
     return p.model_copy(update={"max_new_tokens": max(p.max_new_tokens, needed)})
 
 

@@ -32,14 +32,22 @@ def read_label(output: str, labels: Iterable[str]) -> str | None:
 
     Labels that differ only in case or in signs (`>50` and `<50`) are told apart by every character.
     """
-    said = words(output)
-    lengths = {label: len(words(label)) for label in labels if label.strip()}
-    fits = [label for label, n in lengths.items() if said[:n] == words(label)]
-    best = [label for label in fits if lengths[label] == max(lengths[one] for one in fits)]
+    said, index = words(output), _by_words(frozenset(labels))
+    longest = max(map(len, index), default=0)
+    found = (index[said[:n]] for n in range(min(len(said), longest), 0, -1) if said[:n] in index)
+    best = next(found, [])
     if len(best) > 1:
-        exact = [x for x in best if output.split()[: len(x.split())] == x.split()]
-        return max(exact, key=len, default=None)
-    return best[0] if best else None
+        best = [x for x in best if output.split()[: len(x.split())] == x.split()]
+    return max(best, key=len, default=None)
+
+
+@lru_cache(maxsize=16)  # one set of labels for thousands of answers
+def _by_words(labels: frozenset[str]) -> dict[tuple[str, ...], list[str]]:
+    """The labels, by the words they are read as."""
+    out: dict[tuple[str, ...], list[str]] = {}
+    for label in sorted(label for label in labels if label.strip()):
+        out.setdefault(words(label), []).append(label)
+    return out
 
 
 def check_labels(labels: Iterable[str]) -> None:
@@ -62,7 +70,9 @@ def says(output: str, expected: str, labels: Iterable[str]) -> bool:
         labels: all labels, and the target: where one starts like another, the longest that matches
             is the one that was said.
     """
-    return bool(expected.strip()) and read_label(output, {*labels, expected}) == expected
+    known = frozenset(labels)
+    known = known if expected in known else known | {expected}
+    return bool(expected.strip()) and read_label(output, known) == expected
 
 
 def contains_word(output: str, expected: str) -> bool:
