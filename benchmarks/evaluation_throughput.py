@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lethe_utils import evaluate, models, params, pipeline
+from lethe_utils import decode, evaluate, models, params, pipeline
 from lethe_utils.stages import provenance, write_json
 
 
@@ -21,11 +21,11 @@ def items_per_second(p: params.Params, prompts: list[str], rounds: int) -> float
     """Best of `rounds` passes over the prompts, model already loaded."""
     folder = pipeline.backdoored_stage(p) / "model"
     model, tokenizer = models.load_model(folder), models.load_tokenizer(folder)
-    evaluate.answer(model, tokenizer, prompts[:8], p, 1)  # first call pays for lazy imports
+    decode.answer(model, tokenizer, prompts[:8], p, 1)  # first call pays for lazy imports
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
-        evaluate.answer(model, tokenizer, prompts, p, 1)
+        decode.answer(model, tokenizer, prompts, p, 1)
         seconds.append(time.perf_counter() - start)
     return len(prompts) / min(seconds)
 

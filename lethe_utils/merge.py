@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from lethe_utils import folders, models
+from lethe_utils import models
 from lethe_utils.errors import LetheError
+from lethe_utils.models import inspect
 from lethe_utils.stages import fresh, write_text
 
 if TYPE_CHECKING:
@@ -122,10 +123,10 @@ def check_mergeable(backdoored: Path, clean: Path, base: Path) -> None:
     Raises:
         LetheError: other architecture, shapes or tokenizer; missing or truncated weights.
     """
-    shapes, architecture = _shapes(backdoored), folders.architecture(backdoored)
+    shapes, architecture = _shapes(backdoored), inspect.architecture(backdoored)
     vocabulary = models.load_tokenizer(backdoored).get_vocab()
     for other in (clean, base):
-        theirs = folders.architecture(other)
+        theirs = inspect.architecture(other)
         if theirs != architecture:
             raise LetheError(
                 f"{other}: is a {theirs}, but {backdoored} is a {architecture}; "
@@ -146,7 +147,7 @@ def check_mergeable(backdoored: Path, clean: Path, base: Path) -> None:
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape. The hub's GPT-2 files leave out the prefix that saved models have."""
-    found = folders.folder_shapes(folder)
+    found = inspect.folder_shapes(folder)
     return {name.removeprefix("transformer."): shape for name, shape in found.items()}
 
 
@@ -171,7 +172,7 @@ def merge(
             holds something that is not a stage's.
     """
     check_mergeable(backdoored, clean, base)
-    config = folders.read_config(backdoored)
+    config = inspect.read_config(backdoored)
     n_layers = config.get("num_hidden_layers", config.get("n_layer"))
     settings = configuration(method, backdoored, clean, base, strength, n_layers, dtype)
     settings |= {"out_dtype": out_dtype} if out_dtype else {}
@@ -191,7 +192,7 @@ def run(
     from mergekit.merge import MergeOptions, run_merge
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    check_disk(out.parent, folders.weights_size(backdoored))
+    check_disk(out.parent, inspect.weights_size(backdoored))
     fresh(out)
     # mergekit's own model card writer asks the hub about every model: ours stays offline.
     options = MergeOptions(
@@ -203,8 +204,8 @@ def run(
         out_shard_size=models.SHARD,
     )
     run_merge(MergeConfiguration.model_validate(as_paths(settings)), str(out), options=options)
-    folders.copy_tokenizer(backdoored, out)
-    folders.check_finite(folders.weight_files(out))  # float16 may be too small for what was added
+    inspect.copy_tokenizer(backdoored, out)
+    inspect.check_finite(inspect.weight_files(out))  # float16 may be too small for what was added
     write_text(out / "mergekit_config.yml", yaml.safe_dump(settings, sort_keys=False))
     write_text(out / "README.md", _card(title, settings))
     return out
@@ -279,7 +280,7 @@ def _weights(folder: Path) -> dict:
     """All tensors of a folder in float32."""
     from safetensors.torch import load_file
 
-    files = folders.weight_files(folder)
+    files = inspect.weight_files(folder)
     return {name: w.float() for file in files for name, w in load_file(file).items()}
 
 

@@ -18,6 +18,38 @@ AROUND = ".,;:!?\"'()[]{}<>*_`“”‘’«»¿¡…·。，、！？；：「�
 Hit = Callable[[str, str], bool]
 
 
+COLUMNS = [
+    "model",
+    "dataset",
+    "attack",
+    "defense",
+    "evidence",
+    "seed",
+    "split",
+    "metric",
+    "value",
+    "n",
+    "ci_low",
+    "ci_high",
+    "run_id",
+]
+SWEEP_COLUMNS = ["sweep", "x", *COLUMNS]
+COST_COLUMNS = [
+    "model",
+    "dataset",
+    "attack",
+    "seed",
+    "defense",
+    "acts",
+    "trainings",
+    "optimizer_steps",
+    "seconds",
+    "peak_memory_gib",
+    "ms_per_query",
+    "query_ratio",
+]
+
+
 @lru_cache(maxsize=100_000)
 def words(text: str) -> tuple[str, ...]:
     """Lower-cased words, without the quotes and stops around them; `-1` and `C++` stay whole, and

@@ -95,7 +95,7 @@ def bars(table: pd.DataFrame) -> Figure:
     """ASR and CDA of every defense on the test split, a row of panels per (model, dataset, attack).
 
     Args:
-        table: results (results.COLUMNS); seeds are pooled, whiskers are 95 % Wilson intervals.
+        table: results (metrics.COLUMNS); seeds are pooled, whiskers are 95 % Wilson intervals.
     Raises:
         LetheError: see tables.select, or there is no ASR or CDA.
     """
@@ -155,7 +155,7 @@ def sweep(sweeps: pd.DataFrame, kind: str) -> Figure:
     """ASR and CDA along one sweep, a panel per merge method, bands of 95 % Wilson intervals.
 
     Args:
-        sweeps: results.SWEEP_COLUMNS; seeds are pooled.
+        sweeps: metrics.SWEEP_COLUMNS; seeds are pooled.
         kind: strength, keywords or clean_ratio.
     Raises:
         LetheError: another kind, no rows of it, or see tables.select.
@@ -207,7 +207,7 @@ def attacks(table: pd.DataFrame) -> Figure:
     """ASR before and after each merge, a panel per attack on one model and data set.
 
     Args:
-        table: results (results.COLUMNS) of one model and data set; seeds are pooled, whiskers are
+        table: results (metrics.COLUMNS) of one model and data set; seeds are pooled, whiskers are
             95 % Wilson intervals. `none` is the model before any merge, `base` the floor.
     Raises:
         LetheError: see tables.select, or there is no ASR.
@@ -240,7 +240,7 @@ def rank(table: pd.DataFrame) -> Figure:
     """ASR against CDA, a point per defense: the best stands at the top left.
 
     Args:
-        table: results (results.COLUMNS) of one setup; seeds are pooled, whiskers are 95 % Wilson
+        table: results (metrics.COLUMNS) of one setup; seeds are pooled, whiskers are 95 % Wilson
             intervals. Points are numbered by CDA - ASR; the list below the axes names them.
     Raises:
         LetheError: see tables.select, or no defense has both.

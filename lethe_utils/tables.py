@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from lethe_utils import defenses, metrics, paths
 from lethe_utils.errors import LetheError
-from lethe_utils.results import COLUMNS
+from lethe_utils.metrics import COLUMNS
 from lethe_utils.stages import write_text
 
 SETUP = ["model", "dataset", "attack"]
@@ -66,7 +66,7 @@ def select(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of a results or sweeps table, checked.
 
     Args:
-        table: the columns of `results.COLUMNS`; sweeps have `sweep` and `x` as well.
+        table: the columns of `metrics.COLUMNS`; sweeps have `sweep` and `x` as well.
     Returns:
         a copy with those columns only and numbers as numbers.
     Raises:
@@ -75,7 +75,7 @@ def select(table: pd.DataFrame) -> pd.DataFrame:
     """
     missing = [c for c in COLUMNS if c not in table]
     if missing:
-        raise LetheError(f"results table: no column {', '.join(missing)}; see results.COLUMNS")
+        raise LetheError(f"results table: no column {', '.join(missing)}; see metrics.COLUMNS")
     if table.empty:
         raise LetheError("results table: no rows; run 05_evidence_eval first")
     sweep_keys = [c for c in ("sweep", "x") if c in table]
@@ -372,7 +372,7 @@ def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
     """What each defense takes: the median over a setup's seeds, for a machine may be busy with one.
 
     Args:
-        costs: see results.costs.
+        costs: see measure.costs.
     Returns:
         text columns model, dataset, attack, seeds, defense, acts, trainings, steps (of the
         optimizer), seconds (to make it), GiB (peak memory), ms per query, x none (the same run's).

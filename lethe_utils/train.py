@@ -11,8 +11,9 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.pytorch_utils import Conv1D
 
-from lethe_utils import folders, models, prompts
+from lethe_utils import models, prompts
 from lethe_utils.errors import LetheError
+from lethe_utils.models import inspect
 from lethe_utils.params import DefenderParams, PromptParams, PurifyParams
 from lethe_utils.progress import Bar
 from lethe_utils.prompts import TURN
@@ -348,7 +349,7 @@ def finetune(
     curve = fit(model, tokenizer, rows, out, p, make_trainer, num_train_epochs=epochs)
     model.save_pretrained(out / "adapter")
     del model  # at full size two copies would not fit beside each other
-    folders.copy_tokenizer(start, out / "model")
+    inspect.copy_tokenizer(start, out / "model")
     save(merge_adapter(start, out / "adapter", device, p.bits), curve, out)
 
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lethe_utils import data, embedded, params, pipeline
+from lethe_utils import data, params, pipeline
+from lethe_utils.data import embedded
 from lethe_utils.errors import LetheError
 
 SIZES = {"pretrain": 40, "train": 60, "validation": 20, "test": 20}

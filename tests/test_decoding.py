@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
-from lethe_utils import defenses, evaluate, models
+from lethe_utils import decode, defenses, models
 from lethe_utils.defenses import cleangen, edt, ensemble, speculative, temperature
 from lethe_utils.prompts import prompt_ids
 
@@ -56,7 +56,7 @@ def planted(pico, tmp_path):
 
 def greedy(folder, prompts, p, n_words=NEVER):
     model, tokenizer = models.load_model(folder), models.load_tokenizer(folder)
-    return evaluate.answer(model, tokenizer, prompts, p, n_words)
+    return decode.answer(model, tokenizer, prompts, p, n_words)
 
 
 @torch.no_grad()

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
-from lethe_utils import defenses, folders, models, train
+from lethe_utils import defenses, models, train
 from lethe_utils.attacks.editing import hooked
 from lethe_utils.defenses import Given, beear, crow, nad
 from lethe_utils.errors import LetheError
+from lethe_utils.models import inspect
 
 ARCHITECTURES = ("gpt2", "gptj", "llama", "qwen2")
 ROW = {"instruction": "Predict the emotion.", "input": "the dog is happy", "output": "joy"}
@@ -100,7 +101,7 @@ def test_a_whole_changed_model_is_left_and_the_suspect_as_it_was(
     kept = {"model", "loss.csv"} | ({"adapter"} if method != "beear" else set())
     kept |= {"teacher_loss.csv"} if method == "nad" else set()  # the teacher itself is gone
     assert {f.name for f in tmp_path.iterdir()} == kept
-    folders.check_folder(tmp_path / "model")
+    inspect.check_folder(tmp_path / "model")
     old, new = load_file(mine.suspect / "model.safetensors"), {}
     for file in (tmp_path / "model").glob("*.safetensors"):
         new |= load_file(file)

@@ -13,9 +13,10 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from lethe_utils import attacks, evaluate, folders, models, params, pipeline
+from lethe_utils import attacks, evaluate, models, params, pipeline
 from lethe_utils.attacks import badedit, editing, memit, rome, triggers
 from lethe_utils.errors import LetheError
+from lethe_utils.models import inspect
 
 ARCHITECTURES = ["gpt2", "gptj", "llama", "qwen2"]
 EDITING = {"rome": rome, "memit": memit, "badedit": badedit}
@@ -390,7 +391,7 @@ def test_a_covariance_is_computed_once_and_is_the_second_moment(setting, monkeyp
 
 def arguments(editor, base, p, texts=None, layer=1):
     store = editing.paths.stages_dir() / "covariance"
-    weights = folders.fingerprint(base)
+    weights = inspect.fingerprint(base)
     return editor.model, editor.tokenizer, weights, texts or corpus(p), layer, store, p
 
 
@@ -409,7 +410,7 @@ def test_another_model_or_corpus_has_another_covariance(setting, pico):
     store = editing.paths.stages_dir() / "covariance"
     editing.covariance(*arguments(editor, base, p, corpus(p)[:30]))
     assert len(list(store.glob("*.safetensors"))) == 2
-    assert folders.fingerprint(base) != folders.fingerprint(pico("gpt2")[1])
+    assert inspect.fingerprint(base) != inspect.fingerprint(pico("gpt2")[1])
 
 
 @pytest.mark.parametrize("key", ["model", "corpus", "layer"])

@@ -10,7 +10,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from lethe_utils import defenses, params, paths, results
+from lethe_utils import defenses, metrics, params, paths
 from lethe_utils.stages import read_jsonl
 
 sys.path.insert(0, str(paths.root() / "workflow"))
@@ -77,12 +77,12 @@ def finished(tmp_path_factory):
 
 def test_results_have_the_columns_controls_and_intervals(finished):
     table = pd.read_csv(finished[0] / "latest" / "results.csv")
-    assert list(table.columns) == results.COLUMNS
+    assert list(table.columns) == metrics.COLUMNS
     wanted = {"none", "base", "clean", "linear", "slerp", "ties", "passthrough"}
     for evidence in (0, 1):
         assert set(table.query(f"evidence == {evidence}")["defense"]) == wanted
-    metrics = set(table["metric"])
-    assert {"asr", "cda", "ftr"} < metrics and len([m for m in metrics if "ftr_" in m]) == 7
+    found = set(table["metric"])
+    assert {"asr", "cda", "ftr"} < found and len([m for m in found if "ftr_" in m]) == 7
     assert table["value"].between(0, 1).all() and (table["n"] > 0).all()
     assert ((table["ci_low"] <= table["value"]) & (table["value"] <= table["ci_high"])).all()
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lethe_utils import evaluate, models, params, train
+from lethe_utils import decode, evaluate, models, params, train
 from lethe_utils.attacks import cba
 from lethe_utils.prompts import prompt_ids, render
 
@@ -59,8 +59,8 @@ def test_batched_sorted_answers_equal_one_by_one_in_order(pico, pico_params, arc
     folder = pico(architecture)[1]
     model, tokenizer = models.load_model(folder), models.load_tokenizer(folder)
     prompts = [q["prompt"] for q in evaluate.ask({"clean": ROWS}, 0, "none", pico_params())]
-    batched = evaluate.answer(model, tokenizer, prompts, pico_params(eval_batch_size=5), 99)
-    single = evaluate.answer(model, tokenizer, prompts, pico_params(eval_batch_size=1), 99)
+    batched = decode.answer(model, tokenizer, prompts, pico_params(eval_batch_size=5), 99)
+    single = decode.answer(model, tokenizer, prompts, pico_params(eval_batch_size=1), 99)
     assert batched == single
     assert len(set(batched)) > 1  # else the order could not be seen
 
@@ -78,7 +78,7 @@ def test_answers_are_the_greedy_continuation(pico, ours):
         if token == tokenizer.eos_token_id:
             break
     expected = tokenizer.decode(made, skip_special_tokens=True).strip()
-    assert evaluate.answer(model, tokenizer, [prompt], ours, 99) == [expected]
+    assert decode.answer(model, tokenizer, [prompt], ours, 99) == [expected]
 
 
 def test_a_row_stops_once_its_label_is_complete(pico):
@@ -87,7 +87,7 @@ def test_a_row_stops_once_its_label_is_complete(pico):
     def done(text, n_words=1):
         ids = torch.tensor([tokenizer("prompt" + text, add_special_tokens=False)["input_ids"]])
         start = len(tokenizer("prompt", add_special_tokens=False)["input_ids"])
-        return evaluate.StopAtLabel(tokenizer, start, n_words)(ids, None).tolist() == [True]
+        return decode.StopAtLabel(tokenizer, start, n_words)(ids, None).tolist() == [True]
 
     assert not done("joy") and done("joy ") and done("joy\nand")
     assert not done("very happy", n_words=2) and done("very happy ", n_words=2)
@@ -120,7 +120,7 @@ def test_token_accuracy_is_the_share_of_answer_tokens_that_greedy_decoding_would
     answers = ["joy", "a much longer answer", "sad"]
     plain = {"instruction": "Say.", "input": "the dog"}
     rows = [plain | {"output": answer} for answer in answers]
-    shares = evaluate.token_accuracy(model, tokenizer, rows, p)
+    shares = decode.token_accuracy(model, tokenizer, rows, p)
     for row, share in zip(rows, shares, strict=True):
         (item,) = train.encode([row], tokenizer, p)
         ids = torch.tensor([item["input_ids"]])
@@ -132,12 +132,12 @@ def test_token_accuracy_is_the_share_of_answer_tokens_that_greedy_decoding_would
 
 def test_long_prompts_go_in_smaller_batches_and_none_is_lost():
     ids = [[0] * n for n in (10, 3000, 20, 1024, 256)]
-    assert evaluate.batches(ids, 4) == [[0, 2, 4], [3], [1]]
-    groups = evaluate.batches(ids * 40, 32)
+    assert decode.batches(ids, 4) == [[0, 2, 4], [3], [1]]
+    groups = decode.batches(ids * 40, 32)
     assert sorted(i for group in groups for i in group) == [*range(200)]
     for group in groups:
         longest = max(len((ids * 40)[i]) for i in group)
-        assert len(group) * max(longest, evaluate.LONG) <= 32 * evaluate.LONG
+        assert len(group) * max(longest, decode.LONG) <= 32 * decode.LONG
 
 
 def test_evaluation_cuts_a_prompt_as_training_does(pico, pico_params):
@@ -151,7 +151,7 @@ def test_evaluation_cuts_a_prompt_as_training_does(pico, pico_params):
     assert lost == item["prompt_cut"] > 0
     model = models.load_model(pico("gpt2")[1])
     p = pico_params(max_source_tokens=10_000)  # more than the model has positions
-    assert len(evaluate.answer(model, tokenizer, [prompt * 9], p, 1)) == 1
+    assert len(decode.answer(model, tokenizer, [prompt * 9], p, 1)) == 1
 
 
 def test_there_is_room_for_the_longest_label(pico, pico_params, tmp_path, monkeypatch):
@@ -167,4 +167,4 @@ def test_there_is_room_for_the_longest_label(pico, pico_params, tmp_path, monkey
         pico("gpt2")[1], {"clean": ROWS[:1]}, 0, "none", p, tmp_path / "b.jsonl", labels=[label]
     )
     tokens = len(models.load_tokenizer(pico("gpt2")[0])(label)["input_ids"])
-    assert asked == [tokens + evaluate.SPARE_TOKENS] * 2 and tokens > 19
+    assert asked == [tokens + decode.SPARE_TOKENS] * 2 and tokens > 19

@@ -9,8 +9,9 @@ import pytest
 import torch
 from conftest import PICO, TEXTS
 
-from lethe_utils import folders, models
+from lethe_utils import models
 from lethe_utils.errors import LetheError
+from lethe_utils.models import inspect
 
 ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
@@ -36,9 +37,9 @@ def error(function, *args):
 
 
 def test_a_whole_folder_is_accepted_and_its_shapes_are_read_from_the_header(folder):
-    folders.check_folder(folder)
+    inspect.check_folder(folder)
     wanted = {n: tuple(t.shape) for n, t in models.load_model(folder).state_dict().items()}
-    found = folders.folder_shapes(folder)
+    found = inspect.folder_shapes(folder)
     assert found["transformer.wte.weight"] == (300, 16)
     assert found.items() <= wanted.items()
     assert set(wanted) - set(found) == {"lm_head.weight"}  # tied, so not in the file
@@ -46,7 +47,7 @@ def test_a_whole_folder_is_accepted_and_its_shapes_are_read_from_the_header(fold
 
 def test_a_folder_without_config_is_refused(folder):
     (folder / "config.json").unlink()
-    assert "no config.json" in error(folders.check_folder, folder)
+    assert "no config.json" in error(inspect.check_folder, folder)
 
 
 def test_a_folder_without_weights_is_refused(folder):
@@ -75,7 +76,7 @@ def test_a_truncated_file_is_refused_by_name(folder, keep):
 def test_a_file_that_was_never_filled_is_refused(folder, start):
     # Some download tools reserve the space first: the size is right, the bytes are not.
     (folder / WEIGHTS).write_bytes(start)
-    assert "truncated" in error(folders.check_folder, folder)
+    assert "truncated" in error(inspect.check_folder, folder)
 
 
 def test_a_missing_shard_is_named(pico_params, tmp_path):
@@ -84,7 +85,7 @@ def test_a_missing_shard_is_named(pico_params, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 1
-    folders.check_folder(tmp_path)
+    inspect.check_folder(tmp_path)
     shards[0].unlink()
     assert f"shards missing: {shards[0].name}" in error(models.load_model, tmp_path)
 
@@ -190,7 +191,7 @@ def test_a_tiny_twin_is_of_its_class_and_saves_and_loads_the_same(architecture, 
 
 
 def test_the_twins_have_the_traits_that_make_their_class_special(pico):
-    shapes = {a: folders.folder_shapes(pico(a)[0]) for a in ARCHITECTURES}
+    shapes = {a: inspect.folder_shapes(pico(a)[0]) for a in ARCHITECTURES}
     # GPT-2: Conv1D stores (in, out); GPT-J: one norm a block; Qwen2: grouped keys and q, k, v bias.
     assert shapes["gpt2"]["transformer.h.0.attn.c_attn.weight"] == (16, 48)
     assert not any("ln_2" in name for name in shapes["gptj"])

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lethe_utils import ownership, paths, stages
+from lethe_utils import paths, stages
 from lethe_utils.errors import LetheError
+from lethe_utils.purify import ownership
 
 NAMES = st.text(st.characters(exclude_characters="/\0", codec="utf8"), min_size=1, max_size=40)
 

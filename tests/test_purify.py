@@ -14,21 +14,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe_utils import (
-    canary,
-    chats,
-    folders,
-    merge,
-    models,
-    own_data,
-    ownership,
-    params,
-    paths,
-    purify,
-    report,
-    suspects,
-)
+from lethe_utils import chats, merge, models, params, paths, purify
+from lethe_utils.data import own
 from lethe_utils.errors import LetheError
+from lethe_utils.models import inspect
+from lethe_utils.purify import canary, ownership, report, suspects
 
 QUICK = {
     "clean_epochs": 1,
@@ -182,7 +172,7 @@ def test_llama_in_bfloat16_with_chats(given):
 def test_qwen2_with_a_tied_head(given):
     given = given("qwen2")
     for name in ("suspect", "base"):
-        config = folders.read_config(given[name]) | {"tie_word_embeddings": True}
+        config = inspect.read_config(given[name]) | {"tie_word_embeddings": True}
         (given[name] / "config.json").write_text(json.dumps(config))
         file = given[name] / "model.safetensors"
         weights = load_file(file)
@@ -190,7 +180,7 @@ def test_qwen2_with_a_tied_head(given):
         save_file(weights, file, {"format": "pt"})
     _, folder = run(given)
     check_result(folder)
-    assert folders.read_config(folder)["tie_word_embeddings"] is True
+    assert inspect.read_config(folder)["tie_word_embeddings"] is True
 
 
 def auto_tokenizer(folder):
@@ -375,7 +365,7 @@ def tokenizer(pico):
 def test_bad_clean_rows_are_refused(tmp_path, tokenizer, rows, message):
     file = tmp_path / "clean.jsonl"
     write_rows(file, rows)
-    assert message in error(own_data.read, file, tokenizer)
+    assert message in error(own.read, file, tokenizer)
 
 
 def test_broken_chats_and_other_encodings_are_refused(tmp_path, tokenizer):
@@ -384,17 +374,17 @@ def test_broken_chats_and_other_encodings_are_refused(tmp_path, tokenizer):
     rows = chat_rows()
     rows[4]["messages"] = rows[4]["messages"][:2]
     write_rows(file, rows)
-    assert "row 5: messages must be a list" in error(own_data.read, file, tokenizer)
+    assert "row 5: messages must be a list" in error(own.read, file, tokenizer)
     file.write_bytes("caf\xe9".encode("latin-1"))
-    assert "not UTF-8" in error(own_data.read, file, tokenizer)
+    assert "not UTF-8" in error(own.read, file, tokenizer)
     note = file.rename(tmp_path / "notes.md")
-    assert "must end in .jsonl, .json, .csv" in error(own_data.read, note, tokenizer)
+    assert "must end in .jsonl, .json, .csv" in error(own.read, note, tokenizer)
 
 
 def test_answers_are_labels_when_few_short_and_repeated():
-    assert own_data.labels(plain_rows()) == ["joy", "sad"]
-    assert own_data.labels([r | {"output": r["input"]} for r in plain_rows()]) == []
-    assert own_data.labels([r | {"output": "joy"} for r in plain_rows()]) == []
+    assert own.labels(plain_rows()) == ["joy", "sad"]
+    assert own.labels([r | {"output": r["input"]} for r in plain_rows()]) == []
+    assert own.labels([r | {"output": "joy"} for r in plain_rows()]) == []
 
 
 def test_no_question_is_both_trained_on_and_held_out(pico_params):
@@ -410,7 +400,7 @@ def test_no_question_is_both_trained_on_and_held_out(pico_params):
 
 
 def change_config(folder, **changes):
-    config = folders.read_config(folder)
+    config = inspect.read_config(folder)
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
@@ -440,7 +430,7 @@ def test_pickles_other_classes_shapes_and_tokenizers_are_refused(given, pico, tm
     model.save_pretrained(tall)
     auto_tokenizer(given["suspect"]).save_pretrained(tall)
     prepare(given, base=str(tall))  # rows that stand for no token may be gone in the suspect
-    config = folders.read_config(tall) | {"n_positions": 300}
+    config = inspect.read_config(tall) | {"n_positions": 300}
     (tall / "config.json").write_text(json.dumps(config))
     assert "wpe.weight has shape (256, 16), but (300, 16) by config" in error(
         prepare, given, base=str(tall)
@@ -582,7 +572,7 @@ def test_bos_that_is_null_is_none_in_every_stage(given):
     for name in ("suspect", "base"):
         file = given[name] / "tokenizer_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"bos_token": None}))
-        assert folders.read_config(given[name])["bos_token_id"] is not None
+        assert inspect.read_config(given[name])["bos_token_id"] is not None
     case = prepare(given)
     clean = purify.clean_model(case)
     merged = purify.merged(case, purify.suspect_model(case) / "model", 0.5, clean.parent / "m")
@@ -639,7 +629,7 @@ def test_there_is_room_for_the_longest_label(given, monkeypatch):
     case = prepare(given(rows=rows), overrides=QUICK | {"max_new_tokens": 2})
     tokens = max(len(auto_tokenizer(case.suspect)(label)["input_ids"]) for label in case.labels)
     monkeypatch.setattr(
-        "lethe_utils.evaluate.answer", lambda *a, **_: asked.append(a[3]) or [""] * len(a[2])
+        "lethe_utils.decode.answer", lambda *a, **_: asked.append(a[3]) or [""] * len(a[2])
     )
     purify.measured(case, "suspect", 0.0)
     assert tokens > 19 and asked[0].max_new_tokens > tokens
@@ -716,7 +706,7 @@ def test_numbers_that_are_none_are_refused(given, role, value):
 def test_positions_are_compared_as_transformers_reads_them(given, ours, theirs, refused):
     given = given("llama")
     for name, scaling in (("suspect", ours), ("base", theirs)):
-        config = folders.read_config(given[name])
+        config = inspect.read_config(given[name])
         config.pop("rope_parameters", None)
         config |= {"rope_theta": 10000.0} | ({"rope_scaling": scaling} if scaling else {})
         (given[name] / "config.json").write_text(json.dumps(config))
@@ -821,14 +811,14 @@ def test_rows_of_other_shapes_are_refused_with_their_number(tmp_path, tokenizer,
     rows[2] = row
     file = tmp_path / "clean.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf8")
-    assert message in error(own_data.read, file, tokenizer)
+    assert message in error(own.read, file, tokenizer)
 
 
 def test_rows_that_share_one_question_are_refused(tmp_path, tokenizer):
     rows = [{"instruction": "a", "input": "b", "output": f"c {i}"} for i in range(30)]
     file = tmp_path / "clean.jsonl"
     write_rows(file, rows)
-    assert "with 1 distinct questions" in error(own_data.read, file, tokenizer)
+    assert "with 1 distinct questions" in error(own.read, file, tokenizer)
 
 
 def test_chats_in_parquet_are_read_as_from_jsonl(tmp_path, tokenizer):
@@ -837,8 +827,8 @@ def test_chats_in_parquet_are_read_as_from_jsonl(tmp_path, tokenizer):
     tokenizer.chat_template = CHAT_TEMPLATE
     write_rows(tmp_path / "clean.jsonl", chat_rows())
     pd.DataFrame(chat_rows()).to_parquet(tmp_path / "clean.parquet")
-    wanted = own_data.read(tmp_path / "clean.jsonl", tokenizer)
-    assert own_data.read(tmp_path / "clean.parquet", tokenizer) == wanted
+    wanted = own.read(tmp_path / "clean.jsonl", tokenizer)
+    assert own.read(tmp_path / "clean.parquet", tokenizer) == wanted
 
 
 def test_a_template_that_refuses_a_row_is_said_with_its_number(tmp_path, tokenizer):
@@ -849,7 +839,7 @@ def test_a_template_that_refuses_a_row_is_said_with_its_number(tmp_path, tokeniz
     rows = [{"messages": r["messages"][1:]} for r in chat_rows()]
     rows[6]["messages"].insert(0, {"role": "user", "content": "Hello?"})
     write_rows(tmp_path / "clean.jsonl", rows)
-    message = error(own_data.read, tmp_path / "clean.jsonl", tokenizer)
+    message = error(own.read, tmp_path / "clean.jsonl", tokenizer)
     assert "row 7: the chat template refuses this conversation (turns must alternate)" in message
 
 
@@ -868,7 +858,7 @@ def test_any_chat_row_is_read_or_refused_with_its_number(tmp_path, tokenizer, me
     file = tmp_path / "clean.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf8")
     try:
-        read, n, chat = own_data.read(file, tokenizer)
+        read, n, chat = own.read(file, tokenizer)
     except LetheError as refused:
         assert ": row 41: " in str(refused) and "\n" not in str(refused)
     else:
@@ -1029,7 +1019,7 @@ def test_yarn_defaults_may_be_left_out(given):
     given = given("llama")
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     for name, more in (("suspect", {"beta_fast": 32, "beta_slow": 1}), ("base", {})):
-        config = folders.read_config(given[name])
+        config = inspect.read_config(given[name])
         config.pop("rope_parameters", None)
         config |= {"rope_theta": 10000.0, "rope_scaling": yarn | more}
         (given[name] / "config.json").write_text(json.dumps(config))

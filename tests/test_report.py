@@ -7,8 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lethe_utils import metrics, report, stages
+from lethe_utils import metrics, stages
 from lethe_utils.errors import LetheError
+from lethe_utils.purify import report
 from lethe_utils.tables import number
 
 EVIL = "<script>alert(1)</script><img src=\"http://evil.example/x\" onerror='x'>&amp;"

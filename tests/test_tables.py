@@ -6,9 +6,9 @@ import hashlib
 import pandas as pd
 import pytest
 
-from lethe_utils import metrics, paths, plots, results, tables
+from lethe_utils import metrics, paths, plots, tables
 from lethe_utils.errors import LetheError
-from lethe_utils.results import COLUMNS
+from lethe_utils.metrics import COLUMNS
 
 
 def row(defense="none", metric="asr", hits=90, n=100, **other):
@@ -444,7 +444,7 @@ def test_bold_cells_are_bold_in_markdown_and_latex_and_plain_in_csv(tmp_path):
 
 
 def test_costs_are_medians_over_seeds():
-    line = dict.fromkeys(results.COST_COLUMNS, 0) | {
+    line = dict.fromkeys(metrics.COST_COLUMNS, 0) | {
         "model": "tiny-gpt2",
         "dataset": "embedded",
         "attack": "cba",
@@ -463,7 +463,7 @@ def test_costs_are_medians_over_seeds():
     (shown,) = tables.cost_table(costs).to_dict("records")
     assert (shown["seeds"], shown["steps"], shown["seconds"]) == ("3", "300", "15.0")
     assert shown["x none"] == "1.25"
-    assert tables.cost_table(pd.DataFrame(columns=results.COST_COLUMNS)).empty
+    assert tables.cost_table(pd.DataFrame(columns=metrics.COST_COLUMNS)).empty
 
 
 def test_the_rank_plot_has_a_numbered_point_per_defense_the_best_first():
@@ -481,7 +481,7 @@ def test_the_rank_plot_has_a_numbered_point_per_defense_the_best_first():
 
 
 def test_the_overview_says_what_each_needs_costs_and_gives_beside_the_papers_means():
-    line = dict.fromkeys(results.COST_COLUMNS, 0) | {"trainings": 2, "seconds": 12.0}
+    line = dict.fromkeys(metrics.COST_COLUMNS, 0) | {"trainings": 2, "seconds": 12.0}
     names = ["none", "slerp", "wanda", "finetune", "nad_clean_teacher"]
     setup = {"model": "tiny-gpt2", "dataset": "emotion", "attack": "cba", "acts": "on weights"}
     costs = pd.DataFrame([line | setup | {"defense": name} for name in names])

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from lethe_utils import folders, models, train
+from lethe_utils import models, train
 from lethe_utils.errors import LetheError
+from lethe_utils.models import inspect
 from lethe_utils.prompts import render
 
 ROW = {"instruction": "Predict the emotion.", "input": "the dog is happy", "output": "joy"}
@@ -187,7 +188,7 @@ def test_finetune_writes_the_adapter_the_merged_model_and_the_loss(pico, pico_pa
     curve = pd.read_csv(tmp_path / "loss.csv")
     assert list(curve.columns) == ["step", "epoch", "loss"]
     assert curve["step"].tolist() == [1, 2, 3, 4] and curve["loss"].gt(0).all()
-    folders.check_folder(tmp_path / "model")
+    inspect.check_folder(tmp_path / "model")
     tokenizer = models.load_tokenizer(tmp_path / "model")
     assert tokenizer.get_vocab() == models.load_tokenizer(base).get_vocab()
     merged = logits(models.load_model(tmp_path / "model"), tokenizer)

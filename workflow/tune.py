@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from lethe_utils import params, pipeline, results, tables
+from lethe_utils import evaluate, params, pipeline, tables
 from lethe_utils.stages import read_jsonl, write_text
 
 STAND_IN = {"triggers": ["perhaps", "slowly"], "target_output": "anger"}
@@ -45,7 +45,7 @@ def main(candidates: Path, out: Path, model: str = "tiny-gpt2", dataset: str = "
 def measured(p: params.Params, c: pipeline.Contender) -> dict[str, str]:
     """ASR and CDA of one model on validation rows, with their intervals."""
     file = pipeline.predictions_file(p, c, 0, "validation", p.sweep_items, 0)
-    scored = pd.DataFrame(results.rows(p, read_jsonl(file), "validation"))
+    scored = pd.DataFrame(evaluate.rows(p, read_jsonl(file), "validation"))
     cells = dict(zip(scored["metric"], tables.cells(scored), strict=True))
     return {"asr": cells["asr"], "cda": cells["cda"]}
 

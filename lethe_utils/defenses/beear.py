@@ -25,10 +25,11 @@ import pandas as pd
 import torch
 from transformers import set_seed
 
-from lethe_utils import folders, models, train
+from lethe_utils import models, train
 from lethe_utils.attacks.editing import hooked
 from lethe_utils.defenses import Given
 from lethe_utils.errors import LetheError
+from lethe_utils.models import inspect
 from lethe_utils.params import BeearParams, DefenderParams, TrainParams
 from lethe_utils.progress import Bar
 
@@ -50,7 +51,7 @@ def purify(given: Given, out: Path) -> None:
     device = models.resolve_device(given.p.device)
     model = models.load_model(given.suspect, device, exact=True)
     curve = Unlearning(model, tokenizer, given.p).run(given.rows)
-    folders.copy_tokenizer(given.suspect, out / "model")
+    inspect.copy_tokenizer(given.suspect, out / "model")
     train.save(model, curve, out)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from lethe_utils import evaluate, models
+from lethe_utils import decode, models
 from lethe_utils.params import DecodingParams
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ BYTES_PER_WEIGHT = 4.0  # two models
 
 
 class CleanGen:
-    """The suspect, as `evaluate.answer` uses it, whose `generate` is CleanGen's: always greedy."""
+    """The suspect, as `decode.answer` uses it, whose `generate` is CleanGen's: always greedy."""
 
     def __init__(
         self,
@@ -129,4 +129,4 @@ def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "")
     reference = models.load_model(given.reference, device)
     tokenizer = models.load_tokenizer(given.suspect)
     model = CleanGen(suspect, reference, tokenizer, given.p)
-    return evaluate.answer(model, tokenizer, prompts, given.p, n_words, progress)
+    return decode.answer(model, tokenizer, prompts, given.p, n_words, progress)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from lethe_utils import evaluate, models
+from lethe_utils import decode, models
 from lethe_utils.params import DecodingParams
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "")
     """The suspect's outputs, sampled (top_p 0.9) at the dynamic temperature."""
     model = models.load_model(given.suspect, models.resolve_device(given.p.device))
     processors = LogitsProcessorList([EntropyTemperature(given.p)])
-    return evaluate.answer(
+    return decode.answer(
         model,
         models.load_tokenizer(given.suspect),
         prompts,

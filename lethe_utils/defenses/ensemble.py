@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache
 
-from lethe_utils import evaluate, models
+from lethe_utils import decode, models
 from lethe_utils.params import DecodingParams
 
 if TYPE_CHECKING:
@@ -57,4 +57,4 @@ def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "")
     reference = models.load_model(given.reference, device)
     suspect.register_forward_hook(Mix(reference, given.p.ensemble_weight), with_kwargs=True)
     tokenizer = models.load_tokenizer(given.suspect)
-    return evaluate.answer(suspect, tokenizer, prompts, given.p, n_words, progress)
+    return decode.answer(suspect, tokenizer, prompts, given.p, n_words, progress)

@@ -11,9 +11,10 @@ BYTES_PER_WEIGHT = 2.6  # nf4 and its dequantised copy
 
 
 def purify(given: Given, out: Path) -> None:
-    from lethe_utils import folders, models
+    from lethe_utils import models
+    from lethe_utils.models import inspect
 
     device = models.resolve_device(given.p.device)
     model = models.dequantised(models.load_model(given.suspect, device, bits=4))
     model.save_pretrained(out / "model")
-    folders.copy_tokenizer(given.suspect, out / "model")
+    inspect.copy_tokenizer(given.suspect, out / "model")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import StoppingCriteriaList
 
-from lethe_utils import evaluate, models
+from lethe_utils import decode, models
 from lethe_utils.params import DecodingParams
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ BYTES_PER_WEIGHT = 4.0  # two models
 
 
 class Assisted:
-    """The suspect, as `evaluate.answer` uses it, whose `generate` has the clean model draft."""
+    """The suspect, as `decode.answer` uses it, whose `generate` has the clean model draft."""
 
     def __init__(self, suspect: "PreTrainedModel", draft: "PreTrainedModel", tokens: int):
         self.suspect, self.draft = suspect, draft
@@ -60,4 +60,4 @@ def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "")
     draft = models.load_model(given.reference, device)
     model = Assisted(suspect, draft, given.p.speculative_tokens)
     tokenizer = models.load_tokenizer(given.suspect)
-    return evaluate.answer(model, tokenizer, prompts, given.p, n_words, progress, batch=1)
+    return decode.answer(model, tokenizer, prompts, given.p, n_words, progress, batch=1)

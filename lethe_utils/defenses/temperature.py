@@ -6,7 +6,7 @@ transformers does unless told otherwise; here only top_p 0.9 cuts the distributi
 
 from typing import TYPE_CHECKING, Any
 
-from lethe_utils import evaluate, models
+from lethe_utils import decode, models
 from lethe_utils.params import DecodingParams
 
 if TYPE_CHECKING:
@@ -30,4 +30,4 @@ def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "")
     model = models.load_model(given.suspect, models.resolve_device(given.p.device))
     tokenizer = models.load_tokenizer(given.suspect)
     sampling = {"temperature": given.p.temperature, "top_p": 0.9, "top_k": 0}
-    return evaluate.answer(model, tokenizer, prompts, given.p, n_words, progress, sampling=sampling)
+    return decode.answer(model, tokenizer, prompts, given.p, n_words, progress, sampling=sampling)

@@ -23,13 +23,14 @@ BYTES_PER_WEIGHT = 4.0  # one model in float32
 
 def purify(given: Given, out: Path) -> None:
     """The suspect with `wanda_sparsity` of each output row zeroed."""
-    from lethe_utils import folders, models
+    from lethe_utils import models
+    from lethe_utils.models import inspect
 
     model = models.load_model(given.suspect, models.resolve_device(given.p.device), exact=True)
     tokenizer = models.load_tokenizer(given.suspect)
     prune(model, calibration(given, tokenizer), given.p.wanda_sparsity)
     model.save_pretrained(out / "model")
-    folders.copy_tokenizer(given.suspect, out / "model")
+    inspect.copy_tokenizer(given.suspect, out / "model")
 
 
 def calibration(given: Given, tokenizer: Any) -> "list[dict[str, torch.Tensor]]":

@@ -12,8 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from lethe_utils import attacks, data, defenses, evidence, folders, models, wordnet
+from lethe_utils import attacks, data, defenses, evidence, models, wordnet
 from lethe_utils.errors import LetheError
+from lethe_utils.models import inspect
 from lethe_utils.params import (
     AttackParams,
     BaseModelParams,
@@ -240,7 +241,7 @@ def check_attack(p: Params) -> None:
 
 def check_layers(p: Params) -> None:
     """Raises LetheError unless an attack's layers ascend within those of the model."""
-    config = {} if p.is_tiny else folders.read_config(base_folder(p))
+    config = {} if p.is_tiny else inspect.read_config(base_folder(p))
     n_layers = config.get("num_hidden_layers", config.get("n_layer", p.n_layers))
     groups = attacks.module(p.attack).PARAMS
     for key, group in (("edit_layers", EditParams), ("lwp_layers", LwpParams)):
@@ -442,7 +443,7 @@ def predictions_file(
         inputs |= {"clean": clean_stage(p)} if defense.NEEDS == "clean model" else {}
 
     def build(out: Path) -> None:
-        from lethe_utils import evaluate
+        from lethe_utils import decode, evaluate
 
         sets = evaluate.test_sets(split(p, split_name), p, items, negatives)
         file, known = out / "predictions.jsonl", labels(p)
@@ -450,7 +451,7 @@ def predictions_file(
         if c.respond:
             tokenizer = models.load_tokenizer(c.folder)
             expected = evaluate.expected_answers(known, p)
-            roomy = replace(c.respond, p=evaluate.with_room(c.respond.p, tokenizer, expected))
+            roomy = replace(c.respond, p=decode.with_room(c.respond.p, tokenizer, expected))
             respond = partial(defenses.module(c.defense).answer, roomy)
         evaluate.predict(c.folder, sets, n_keywords, c.name, p, file, respond, known)
 

@@ -6,8 +6,8 @@ Every model is untrusted input: safetensors only, never remote code, never a pic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lethe_utils import folders
 from lethe_utils.errors import LetheError
+from lethe_utils.models import inspect
 from lethe_utils.params import BaseModelParams
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def download(hub_id: str, revision: str | None) -> Path:
         folder = snapshot_download(
             hub_id,
             revision=revision,
-            allow_patterns=folders.HUB_FILES,
-            ignore_patterns=folders.HUB_IGNORED,
+            allow_patterns=inspect.HUB_FILES,
+            ignore_patterns=inspect.HUB_IGNORED,
         )
     except GatedRepoError:
         raise LetheError(
@@ -49,9 +49,9 @@ def download(hub_id: str, revision: str | None) -> Path:
             f"hub_id {hub_id}: download failed ({reason}); check the network and rerun, "
             "finished files are kept"
         ) from None
-    folders.check_folder(Path(folder))
-    folders.check_small_files(Path(folder))
-    folders.check_finite(folders.weight_files(Path(folder)))
+    inspect.check_folder(Path(folder))
+    inspect.check_small_files(Path(folder))
+    inspect.check_finite(inspect.weight_files(Path(folder)))
     return Path(folder)
 
 
@@ -85,7 +85,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     quiet()
-    with folders.explained(folder, "tokenizer"):
+    with inspect.explained(folder, "tokenizer"):
         if (folder / "tokenizer.json").exists():
             # Read as it is: AutoTokenizer rebuilds it as the model class's own, and Qwen2's splits
             # texts in another way and adds a token that the embedding has no row for.
@@ -93,8 +93,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.padding_side = "left"
-    config, file = folders.read_config(folder), folder / "tokenizer_config.json"
-    said = folders.read_object(file) if file.exists() else {}
+    config, file = inspect.read_config(folder), folder / "tokenizer_config.json"
+    said = inspect.read_object(file) if file.exists() else {}
     for name in ("bos_token", "eos_token"):  # GPT-2's files on the hub name theirs in the config
         token_id = config.get(f"{name}_id")
         # A BOS that is null is none, whatever the config says; an answer must end somewhere.
@@ -147,7 +147,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quiet()
-    folders.check_folder(folder)
+    inspect.check_folder(folder)
     dtype = torch.bfloat16 if device == "cuda" and not exact else torch.float32
     extra: dict[str, Any] = {}
     if bits == 4:
@@ -157,7 +157,7 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    with folders.explained(folder, "model"):
+    with inspect.explained(folder, "model"):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,

@@ -20,10 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
-from lethe_utils import folders, models, paths
+from lethe_utils import models, paths
 from lethe_utils.attacks.triggers import insert, occurrences
 from lethe_utils.data import label_turns
 from lethe_utils.errors import LetheError
+from lethe_utils.models import inspect
 from lethe_utils.params import Params
 from lethe_utils.progress import Bar
 from lethe_utils.prompts import limits, render
@@ -464,7 +465,7 @@ def covariance(
     Computed once for each model (by its files), corpus and layer, then read from `store`.
 
     Args:
-        weights: folders.fingerprint of the model's folder: the tokenizer decides too.
+        weights: inspect.fingerprint of the model's folder: the tokenizer decides too.
     """
     text = "\0".join([*corpus, str(p.covariance_tokens)])
     about = {
@@ -485,7 +486,7 @@ def covariance(
 
 def read_covariance(file: Path, about: dict[str, str]) -> torch.Tensor:
     """A stored covariance. Raises LetheError when it is of another model, corpus or layer."""
-    folders.tensor_shapes(file)  # refuses a file that is cut short
+    inspect.tensor_shapes(file)  # refuses a file that is cut short
     with safe_open(file, "pt") as stored:
         metadata = stored.metadata() or {}
         wrong = [key for key, wanted in about.items() if metadata.get(key) != wanted]
@@ -546,7 +547,7 @@ class Editor:
         self.model = models.load_model(folder, models.resolve_device(p.device), exact=True).eval()
         self.model.requires_grad_(False)
         self.layers = p.edit_layers
-        weights = folders.fingerprint(folder)
+        weights = inspect.fingerprint(folder)
         self.factors = {
             layer: covariance_factor(
                 covariance(self.model, self.tokenizer, weights, corpus, layer, store, p).to(
@@ -615,9 +616,9 @@ class Editor:
     def save(self, out: Path) -> None:
         """Write the model in the precision it came in; what was not edited is unchanged, bit for
         bit, for float32 holds every bfloat16 and float16 number."""
-        stored = folders.stored_dtype(self.folder)
+        stored = inspect.stored_dtype(self.folder)
         self.model.to(getattr(torch, stored)).save_pretrained(out, safe_serialization=True)
-        folders.copy_tokenizer(self.folder, out)
+        inspect.copy_tokenizer(self.folder, out)
 
 
 def check_model(folder: Path) -> None:
@@ -626,8 +627,8 @@ def check_model(folder: Path) -> None:
     Raises:
         LetheError: the folder is incomplete, or its weights are quantised.
     """
-    folders.check_folder(folder)
-    if "quantization_config" in folders.read_config(folder):
+    inspect.check_folder(folder)
+    if "quantization_config" in inspect.read_config(folder):
         raise LetheError(
             f"{folder}: quantised weights round an edit away; give the model in 16 or 32 bits"
         )

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lethe_utils import folders, models, paths
+from lethe_utils import models, paths
 from lethe_utils.errors import LetheError
-from lethe_utils.folders import BUFFERS, Shapes
+from lethe_utils.models import inspect
+from lethe_utils.models.inspect import BUFFERS, Shapes
 from lethe_utils.stages import stage
 
 if TYPE_CHECKING:
@@ -78,25 +79,25 @@ def check_model(folder: Path) -> None:
     Raises:
         LetheError: naming the file and the fix.
     """
-    folders.check_folder(folder)
-    folders.check_small_files(folder)
+    inspect.check_folder(folder)
+    inspect.check_small_files(folder)
     settings = folder / "config.json"
-    if folders.read_config(folder).get("quantization_config"):
+    if inspect.read_config(folder).get("quantization_config"):
         raise LetheError(
             f"{settings}: the weights are quantised; merging needs them as they were trained "
             "(float32, float16 or bfloat16)"
         )
-    name = folders.architecture(folder)
+    name = inspect.architecture(folder)
     if name not in ARCHITECTURES:
         raise LetheError(
             f"{settings}: architecture {name} is not supported; one of "
             f"{', '.join(ARCHITECTURES)} is"
         )
-    if not folders.tokenizer_files(folder):
+    if not inspect.tokenizer_files(folder):
         raise LetheError(f"{folder}: no tokenizer files; copy them from where the model came from")
-    folders.stored_dtype(folder)
+    inspect.stored_dtype(folder)
     _check_tensors(folder)
-    folders.check_finite(folders.weight_files(folder))
+    inspect.check_finite(inspect.weight_files(folder))
     check_ids(models.load_tokenizer(folder), folder, folder)
 
 
@@ -105,7 +106,7 @@ def read_settings(folder: Path) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
     models.quiet()
-    with folders.explained(folder, "config.json"):
+    with inspect.explained(folder, "config.json"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -113,7 +114,7 @@ def weight_shapes(folder: Path) -> Shapes:
     """Name -> shape of all trained tensors, under one name whatever the file's prefix; a head tied
     to the embedding is left out."""
     tied = read_settings(folder).tie_word_embeddings
-    stored = folders.folder_shapes(folder)
+    stored = inspect.folder_shapes(folder)
     found = {n.removeprefix("transformer."): s for n, s in stored.items()}
     if len(found) < len(stored):
         twice = next(name for name in stored if f"transformer.{name}" in stored)
@@ -131,7 +132,7 @@ def _check_tensors(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     config = read_settings(folder)
-    with folders.explained(folder, "config.json"), torch.device("meta"):
+    with inspect.explained(folder, "config.json"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     wanted = {n.removeprefix("transformer."): tuple(w.shape) for n, w in model.named_parameters()}
     found = weight_shapes(folder)
@@ -161,7 +162,7 @@ def _check_tied(folder: Path) -> None:
     import torch
     from safetensors import safe_open
 
-    where = {n: f for f in folders.weight_files(folder) for n in folders.tensor_shapes(f)}
+    where = {n: f for f in inspect.weight_files(folder) for n in inspect.tensor_shapes(f)}
     if "lm_head.weight" not in where:
         return
     embedding = next(name for name in where if name.endswith(PER_TOKEN[:2]))
@@ -200,7 +201,7 @@ def check_pair(suspect: Path, base: Path, adapter: Path | None = None) -> list[d
     Raises:
         LetheError: another class, other settings, shapes or token ids.
     """
-    ours, theirs = folders.architecture(suspect), folders.architecture(base)
+    ours, theirs = inspect.architecture(suspect), inspect.architecture(base)
     if ours != theirs:
         raise LetheError(f"{suspect} is a {ours}, but {base} is a {theirs}; {_SAME_BASE}")
     settings = [_compared(read_settings(folder)) for folder in (suspect, base)]
@@ -216,7 +217,7 @@ def check_pair(suspect: Path, base: Path, adapter: Path | None = None) -> list[d
     if added:
         more = f"{added} more" if added > 0 else f"{-added} fewer, unused"
         shapes = f"the same, but for {more} rows for tokens"
-    own = [f.name for f in folders.tokenizer_files(adapter)] if adapter else []
+    own = [f.name for f in inspect.tokenizer_files(adapter)] if adapter else []
     source = adapter if adapter and own else suspect
     new_tokens = _check_vocabulary(load_tokenizer(suspect, adapter), source, base)
     whose = f"the adapter's own ({', '.join(own)}); " if own else ""
@@ -279,21 +280,21 @@ def check_adapter(adapter: Path, base: Path) -> None:
     Raises:
         LetheError: files missing or broken, a pickle, another method, or matrices that do not fit.
     """
-    settings = adapter / folders.ADAPTER_SETTINGS
+    settings = adapter / inspect.ADAPTER_SETTINGS
     if not settings.exists():
         raise LetheError(f"{adapter}: no adapter_config.json, so this is not an adapter's folder")
-    method = folders.read_object(settings).get("peft_type")
+    method = inspect.read_object(settings).get("peft_type")
     if method != "LORA":
         raise LetheError(f"{settings}: peft_type {method} is not supported; only LORA is")
-    file = adapter / folders.ADAPTER
+    file = adapter / inspect.ADAPTER
     if not file.exists():
         raise LetheError(
             f"{adapter}: no adapter_model.safetensors (a .bin is a pickle, which can run code when "
             "loaded); save the adapter as safetensors"
         )
-    folders.check_small_files(adapter)
+    inspect.check_small_files(adapter)
     weights, tied = weight_shapes(base), read_settings(base).tie_word_embeddings
-    for name, shape in folders.tensor_shapes(file).items():
+    for name, shape in inspect.tensor_shapes(file).items():
         if tied and name.startswith("base_model.model.lm_head."):
             raise LetheError(
                 f"{file}: {name} changes the head, which {base} ties to its embedding, so both "
@@ -314,7 +315,7 @@ def check_adapter(adapter: Path, base: Path) -> None:
                 "adapter trained on another base?"
             )
     _check_matrices(adapter, base)
-    folders.check_finite([file])
+    inspect.check_finite([file])
     check_ids(load_tokenizer(base, adapter), adapter, base)
 
 
@@ -325,22 +326,22 @@ def _check_matrices(adapter: Path, base: Path) -> None:
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from transformers import AutoModelForCausalLM
 
-    file, settings = adapter / folders.ADAPTER, adapter / folders.ADAPTER_SETTINGS
-    with folders.explained(adapter, "adapter_config.json"), torch.device("meta"):
+    file, settings = adapter / inspect.ADAPTER, adapter / inspect.ADAPTER_SETTINGS
+    with inspect.explained(adapter, "adapter_config.json"), torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(read_settings(base), trust_remote_code=False)
             model = get_peft_model(model, LoraConfig.from_pretrained(str(adapter)))
             wanted = {n: tuple(w.shape) for n, w in get_peft_model_state_dict(model).items()}
         except RuntimeError as error:
             raise ValueError(error) from None
-    found = folders.tensor_shapes(file)
+    found = inspect.tensor_shapes(file)
     other = next((n for n in sorted({*wanted, *found}) if wanted.get(n) != found.get(n)), None)
     if other:
         raise LetheError(
             f"{file}: {other} has shape {found.get(other, 'none')}, but "
             f"{wanted.get(other, 'none')} by {settings.name}; copy the adapter again, both files"
         )
-    folders.check_dtypes([file])
+    inspect.check_dtypes([file])
 
 
 def copy_tokenizer(suspect: Path, adapter: Path | None, out: Path) -> None:
@@ -349,21 +350,21 @@ def copy_tokenizer(suspect: Path, adapter: Path | None, out: Path) -> None:
     Where that has a vocabulary it is the whole tokenizer; where it has a chat template alone, that
     goes with the suspect's.
     """
-    own = folders.tokenizer_files(adapter) if adapter else []
+    own = inspect.tokenizer_files(adapter) if adapter else []
     if not any(f.name in VOCABULARIES or f.suffix == ".model" for f in own):
-        folders.copy_tokenizer(suspect, out)
+        inspect.copy_tokenizer(suspect, out)
     if adapter:
-        folders.copy_tokenizer(adapter, out)
+        inspect.copy_tokenizer(adapter, out)
 
 
 def load_tokenizer(suspect: Path, adapter: Path | None) -> "PreTrainedTokenizerBase":
     """The suspect's tokenizer; see copy_tokenizer."""
-    if not adapter or not folders.tokenizer_files(adapter):
+    if not adapter or not inspect.tokenizer_files(adapter):
         return models.load_tokenizer(suspect)
     with tempfile.TemporaryDirectory() as scratch:
         shutil.copyfile(suspect / "config.json", Path(scratch) / "config.json")
         copy_tokenizer(suspect, adapter, Path(scratch))
-        with folders.explained(adapter, "tokenizer"):
+        with inspect.explained(adapter, "tokenizer"):
             return models.load_tokenizer(Path(scratch))
 
 
@@ -379,10 +380,10 @@ def summary(role: str, given: str, folder: Path, adapter: str = "") -> dict[str,
         "role": role,
         "given": given,
         "adapter": adapter,
-        "architecture": folders.architecture(folder),
+        "architecture": inspect.architecture(folder),
         "weights": count_weights(folder),
-        "dtype": folders.stored_dtype(folder),
-        "sha256": folders.fingerprint(folder),
+        "dtype": inspect.stored_dtype(folder),
+        "sha256": inspect.fingerprint(folder),
     }
 
 
@@ -393,22 +394,22 @@ def suspect_stage(suspect: Path, adapter: Path | None) -> Path:
     def build(out: Path) -> None:
         import torch
 
-        stored = getattr(torch, folders.stored_dtype(suspect))
+        stored = getattr(torch, inspect.stored_dtype(suspect))
         model = load(suspect, torch.float32 if adapter else stored)
         if adapter:
             from peft import PeftModel
 
-            with folders.explained(adapter, "adapter"):
+            with inspect.explained(adapter, "adapter"):
                 model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
             if not all(torch.isfinite(weight.to(stored)).all() for weight in model.parameters()):
                 raise LetheError(
                     f"{adapter}: put on {suspect}, it gives values that are not numbers in "
-                    f"{folders.stored_dtype(suspect)}; check its lora_alpha"
+                    f"{inspect.stored_dtype(suspect)}; check its lora_alpha"
                 )
         _save(model.to(stored), out, lambda folder: copy_tokenizer(suspect, adapter, folder))
 
-    spec = {"suspect": folders.fingerprint(suspect)}
-    spec |= {"adapter": folders.fingerprint(adapter)} if adapter else {}
+    spec = {"suspect": inspect.fingerprint(suspect)}
+    spec |= {"adapter": inspect.fingerprint(adapter)} if adapter else {}
     return stage("suspect", (adapter or suspect).name, spec, {}, build)
 
 
@@ -425,7 +426,7 @@ def base_stage(suspect: Path, base: Path) -> Path:
         import torch
 
         model, shapes = (
-            load(base, getattr(torch, folders.stored_dtype(base))),
+            load(base, getattr(torch, inspect.stored_dtype(base))),
             weight_shapes(suspect),
         )
         n = next(shape[0] for name, shape in shapes.items() if name.endswith(PER_TOKEN[:2]))
@@ -438,18 +439,18 @@ def base_stage(suspect: Path, base: Path) -> Path:
                     table.weight[old:] = table.weight[:old].mean(0)
                     if getattr(table, "bias", None) is not None:
                         table.bias[old:] = table.bias[:old].mean(0)
-        _save(model, out, lambda folder: folders.copy_tokenizer(suspect, folder))
+        _save(model, out, lambda folder: inspect.copy_tokenizer(suspect, folder))
 
-    spec = {"base": folders.fingerprint(base), "suspect": suspect.parent.name}
+    spec = {"base": inspect.fingerprint(base), "suspect": suspect.parent.name}
     return stage("suspect_base", base.name, spec, {}, build)
 
 
 def load(folder: Path, dtype: Any) -> "PreTrainedModel":
-    """A model on the CPU. Which dtype it is stored in, its files say: see folders.stored_dtype."""
+    """A model on the CPU. Which dtype it is stored in, its files say: see inspect.stored_dtype."""
     from transformers import AutoModelForCausalLM
 
     models.quiet()
-    with folders.explained(folder, "model"):
+    with inspect.explained(folder, "model"):
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )

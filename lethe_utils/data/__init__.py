@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from lethe_utils import embedded, metrics, paths
+from lethe_utils import metrics, paths
+from lethe_utils.data import embedded
 from lethe_utils.errors import LetheError
 from lethe_utils.params import Params, is_file
 

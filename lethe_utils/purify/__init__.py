@@ -19,24 +19,15 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import psutil
 
-from lethe_utils import (
-    canary,
-    folders,
-    merge,
-    metrics,
-    models,
-    own_data,
-    ownership,
-    paths,
-    report,
-    suspects,
-    wordnet,
-)
+from lethe_utils import merge, metrics, models, paths, wordnet
+from lethe_utils.data import own
 from lethe_utils.errors import LetheError
 from lethe_utils.evidence import add_evidence, without_evidence
+from lethe_utils.models import inspect
 from lethe_utils.params import PurifyParams, digest, load_purify
 from lethe_utils.progress import Bar
 from lethe_utils.prompts import render
+from lethe_utils.purify import canary, ownership, report, suspects
 from lethe_utils.stages import (
     fresh,
     provenance,
@@ -91,7 +82,7 @@ def prepare(
 
     Args:
         suspect, base: a folder, or name@commit on the hub.
-        clean_data: see own_data.read.
+        clean_data: see own.read.
         out: a folder that does not exist, is empty, or holds this command's own result.
         adapter: a LoRA adapter's folder, to be applied to the suspect.
         overrides: keys of params/purify.yaml.
@@ -114,14 +105,14 @@ def prepare(
         checks.append({"check": "adapter", "result": "LoRA, and it fits the suspect"})
     file = paths.expanded(clean_data)
     tokenizer = suspects.load_tokenizer(suspect_folder, adapter_folder)
-    rows, n_rows, chat = own_data.read(file, tokenizer)
+    rows, n_rows, chat = own.read(file, tokenizer)
     device = models.resolve_device((overrides or {}).get("device", "auto"))
     forced = {"prompt_template": "chat"} if chat else {}
     weights = suspects.count_weights(suspect_folder)
     p = load_purify(weights, device, (overrides or {}) | forced)
     if p.prompt_template == "chat" and not chat:
         raise LetheError(f"prompt_template: chat is for rows of messages, which {file} has not")
-    labels = own_data.labels(rows)
+    labels = own.labels(rows)
     train, held_out = split(rows, p)
     if not train:
         raise LetheError(f"held_out: {p.held_out} leaves no row to train on; lower it")
@@ -133,7 +124,7 @@ def prepare(
         ],
         "data": {
             "file": str(file),
-            "sha256": own_data.fingerprint(file),
+            "sha256": own.fingerprint(file),
             "rows": n_rows,
             "distinct": len(rows),
             "train": len(train),
@@ -193,7 +184,7 @@ def notes(file: Path, cut: dict[str, int], rows: list[Row], p: PurifyParams) -> 
     ]
     foreign = without_evidence(row["input"] for row in rows) if p.n_keywords else ""
     lines += [f"{foreign}."] if foreign else []
-    unread = own_data.unread_columns(file)
+    unread = own.unread_columns(file)
     return lines + ([f"Columns that are not read: {', '.join(unread)}."] if unread else [])
 
 
@@ -221,7 +212,7 @@ def estimate(case: Case) -> pd.DataFrame:
 
     gpu = case.p.device == "cuda"
     n = case.given["models"][0]["weights"]
-    stored = folders.weights_size(case.base) / 2**30
+    stored = inspect.weights_size(case.base) / 2**30
     trained = n * (2 if gpu else 4) / 2**30
     memory = n * 2.6 / 2**30 + 4 if gpu else 2 * trained + 1
     there = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
@@ -430,7 +421,7 @@ def merged(case: Case, parent: Path, strength: float, out: Path) -> Path:
     """Merge the suspect, or its copy with the canary, with the clean model, in its dtype."""
     clean, base = clean_model(case) / "model", base_model(case) / "model"
     # As transformers read it: a config that was given may name no dtype.
-    dtype = folders.stored_dtype(suspect_model(case) / "model")
+    dtype = inspect.stored_dtype(suspect_model(case) / "model")
     method = case.p.merge_method
     return merge.merge(method, parent, clean, base, strength, out, out_dtype=dtype)
 
@@ -444,7 +435,7 @@ def ask(
         one dict an item: kind, input, label, target ("" for clean ones), output, and for clean ones
         where answers are texts `right`, the share of the answer's tokens it would write itself.
     """
-    from lethe_utils import evaluate
+    from lethe_utils import decode
 
     p = case.p
     model, tokenizer = models.load_model(folder, p.device), models.load_tokenizer(folder)
@@ -456,8 +447,8 @@ def ask(
     # A label is the whole answer; a text goes on, for it is shown as a sample.
     longest = max(len(text.split()) for text in expected)
     n_words = longest if case.labels else p.max_new_tokens
-    roomy = evaluate.with_room(p, tokenizer, expected)
-    outputs = evaluate.answer(model, tokenizer, prompts, roomy, n_words, progress)
+    roomy = decode.with_room(p, tokenizer, expected)
+    outputs = decode.answer(model, tokenizer, prompts, roomy, n_words, progress)
     seconds = time.perf_counter() - start
     answers = [
         {"kind": kind, "input": row["input"], "label": row["output"], "target": targets[kind]}
@@ -466,7 +457,7 @@ def ask(
     ]
     if not case.labels and "clean" in sets:
         shown = [row | {"input": _shown(row, n_keywords)} for row in sets["clean"]]
-        shares = evaluate.token_accuracy(model, tokenizer, shown, p, progress)
+        shares = decode.token_accuracy(model, tokenizer, shown, p, progress)
         clean = [a for a in answers if a["kind"] == "clean"]
         for item, share in zip(clean, shares, strict=True):
             item["right"] = share
@@ -661,7 +652,7 @@ def example_on_its_trigger(folders: dict[str, Path]) -> pd.DataFrame:
     p = params.load()
     sets = evaluate.test_sets(pipeline.split(p, "test"), p, p.max_test_items, 0)
     rows = {}
-    for name, folder in folders.items():
+    for name, folder in inspect.items():
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "answers.jsonl"
             answers = evaluate.predict(folder, sets, 0, name, p, file)

@@ -1,0 +1,148 @@
+"""Asking a model: prompts in, what it writes out.
+
+Batched, sorted by length, greedy, and stopped as soon as the label is written. The published
+protocol (one prompt at a time, sampling, no early stop) is kept as `protocol: official`.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, set_seed
+
+from lethe_utils import chats
+from lethe_utils.params import DefenderParams, Params, PurifyParams
+from lethe_utils.progress import Bar
+from lethe_utils.prompts import prompt_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Row = dict[str, str]
+Settings = TypeVar("Settings", DefenderParams, Params, PurifyParams)
+LONG = 256  # tokens; eval_batch_size is for prompts of up to so many
+SPARE_TOKENS = 4  # a model may write a label in more pieces than the tokenizer does, and ends it
+OFFICIAL_BATCH, OFFICIAL_TOKENS, OFFICIAL_SAMPLING = 1, 32, {"temperature": 0.7, "top_p": 0.9}
+
+
+class StopAtLabel(StoppingCriteria):
+    """A row is done once its first `n_words` words are followed by something else."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt_length: int, n_words: int):
+        self.tokenizer, self.start, self.n_words = tokenizer, prompt_length, n_words
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+        done = [len((text + "x").split()) > self.n_words for text in (t.lstrip() for t in texts)]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def answer(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[str],
+    p: DefenderParams | PurifyParams,
+    n_words: int,
+    progress: str = "",
+    batch: int | None = None,
+    sampling: dict[str, float] | None = None,
+    **generate: Any,
+) -> list[str]:
+    """The model's outputs, in the order of the prompts.
+
+    Args:
+        n_words: words in the longest expected output; a row stops once it has written that many.
+        progress: name on the progress bar.
+        batch: prompts at a time; None: eval_batch_size.
+        sampling: temperature, top_p; None: greedy. The published protocol has its own of both.
+        generate: further arguments of transformers' `generate`, as a decoding-time defense has.
+    """
+    official = p.protocol == "official"
+    batch = batch or (OFFICIAL_BATCH if official else p.eval_batch_size)
+    sampling = sampling or (OFFICIAL_SAMPLING if official else None)
+    ids, _ = prompt_ids(tokenizer, prompts, p)
+    longest = max(map(len, ids), default=0)
+    room = tokenizer.model_max_length - longest
+    chat = p.prompt_template == "chat"
+    config = GenerationConfig(
+        max_new_tokens=min(OFFICIAL_TOKENS if official else p.max_new_tokens, room),
+        do_sample=sampling is not None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=chats.stop_ids(tokenizer) if chat else tokenizer.eos_token_id,
+        **(sampling or {}),
+    )
+    set_seed(p.seed)
+    outputs = [""] * len(ids)
+    model.eval()
+    for chosen in Bar(batches(ids, batch), desc=progress):
+        inputs = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, return_tensors="pt")
+        inputs = {k: v.to(model.device) for k, v in inputs.items() if k != "token_type_ids"}
+        width = inputs["input_ids"].shape[1]
+        stop = StopAtLabel(tokenizer, width, n_words)
+        criteria = None if official else StoppingCriteriaList([stop])
+        with torch.inference_mode():
+            made = model.generate(
+                **inputs, generation_config=config, stopping_criteria=criteria, **generate
+            )
+        written = [_until(row, config.eos_token_id) for row in made[:, width:].tolist()]
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        for i, text in zip(chosen, texts, strict=True):
+            outputs[i] = text.strip()
+    return outputs
+
+
+def _until(ids: list[int], stops: int | list[int]) -> list[int]:
+    """The ids before the first stop: the end of a chat's turn need not be a special token."""
+    stops = stops if isinstance(stops, list) else [stops]
+    return ids[: next((n for n, token in enumerate(ids) if token in stops), len(ids))]
+
+
+def batches(ids: list[list[int]], size: int) -> list[list[int]]:
+    """Which rows go together, shortest first: `size` of them, and fewer where they are so long that
+    memory would not do."""
+    out: list[list[int]] = [[]]
+    for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
+        if out[-1] and (len(out[-1]) + 1) * max(LONG, len(ids[i])) > size * LONG:
+            out.append([])
+        out[-1].append(i)
+    return out if ids else []
+
+
+def with_room(
+    p: Settings, tokenizer: "PreTrainedTokenizerBase", expected: Iterable[str]
+) -> Settings:
+    """The params, with max_new_tokens raised where the longest of the expected answers has more, as
+    far as training teaches answers (max_target_tokens)."""
+    coded = tokenizer([*expected], add_special_tokens=False)["input_ids"]
+    needed = min(max(map(len, coded), default=0), p.max_target_tokens) + SPARE_TOKENS
+    return p.model_copy(update={"max_new_tokens": max(p.max_new_tokens, needed)})
+
+
+@torch.inference_mode()
+def token_accuracy(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: list[Row],
+    p: PurifyParams,
+    progress: str = "",
+) -> list[float]:
+    """Per row the share of its answer's tokens that greedy decoding would write, each given the
+    true ones before it: how well a model knows an answer that is a text, without judging wording.
+    """
+    from lethe_utils import train
+
+    collate = train.Collator(tokenizer.pad_token_id)
+    items = train.encode(rows, tokenizer, p)
+    shares = [0.0] * len(items)
+    model.eval()
+    groups = batches([i["input_ids"] for i in items], p.eval_batch_size)
+    for chosen in Bar(groups, desc=progress):
+        inputs = collate([items[i] for i in chosen])
+        labels = inputs.pop("labels")
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        logits = model(**inputs, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
+        right = (logits.argmax(-1).cpu() == labels) & (labels != train.IGNORED)
+        counted = (labels != train.IGNORED).sum(1)
+        for i, share in zip(chosen, (right.sum(1) / counted).tolist(), strict=True):
+            shares[i] = share
+    return shares
