@@ -1,13 +1,23 @@
 """Purify a model of your own: `./run_all.sh purify --suspect DIR --base DIR --clean-data FILE --out
-DIR`. See lethe_utils/purify.py."""
+DIR`. See lethe_utils/purify/."""
 
 import argparse
+from typing import NoReturn
 
 import tabulate
 import values
 
 from lethe_utils import models, params, purify
 from lethe_utils.errors import LetheError
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all checks do."""
+
+    def error(self, message: str) -> NoReturn:
+        dashed = "expected one argument" in message or "expected 2 arguments" in message
+        hint = "; a name that starts with - is given as ./-NAME" if dashed else ""
+        raise LetheError(f"{message}{hint}; see {self.prog} --help")
 
 
 def main(words: list[str]) -> int:
@@ -34,7 +44,7 @@ def main(words: list[str]) -> int:
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="./run_all.sh purify",
         description="Dilute a model you do not trust with clean knowledge, and measure on a "
         "planted canary what that does to backdoors in it. Nothing that is given is changed.",

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,17 @@ def _signed(folder: Path) -> dict[str, str]:
         return {}
 
 
-def check(out: Path) -> None:
+def check(out: Path, read_only: Iterable[Path] = ()) -> None:
     """Refuse a folder that a result cannot be written to, or that holds what is not ours.
 
+    Args:
+        read_only: folders that it must not lie in.
     Raises:
         LetheError: naming what stands in the way.
     """
+    for folder in read_only:
+        if folder in (out, *out.parents):
+            raise LetheError(f"--out {out}: lies inside {folder}, which is never written to")
     if out.exists() and not out.is_dir():
         raise LetheError(f"--out {out}: is a file; give a folder")
     other = not_ours(out) if out.exists() else ""
