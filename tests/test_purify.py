@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lethe_utils import chats, merge, models, params, paths, purify
 from lethe_utils.data import own
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
-from lethe_utils.purify import canary, ownership, report, suspects
+from lethe_utils.models import fit, inspect
+from lethe_utils.purify import canary, ownership, report
 
 QUICK = {
     "clean_epochs": 1,
@@ -530,7 +530,7 @@ def test_buffers_and_prefixes_of_old_checkpoints_do_not_count(given):
     old = {n.removeprefix("transformer."): w for n, w in load_file(file).items()}
     old["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
     save_file(old, file, {"format": "pt"})
-    assert suspects.weight_shapes(given["suspect"]) == suspects.weight_shapes(given["base"])
+    assert fit.weight_shapes(given["suspect"]) == fit.weight_shapes(given["base"])
 
 
 @pytest.mark.parametrize("name", ["Mistral", "Qwen3"])
