@@ -18,7 +18,7 @@ import yaml
 
 from lethe_utils import models
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
+from lethe_utils.models import fit, inspect
 from lethe_utils.stages import fresh, write_text
 
 if TYPE_CHECKING:
@@ -119,36 +119,12 @@ def merge_dtype(device: str) -> str:
 def check_mergeable(backdoored: Path, clean: Path, base: Path) -> None:
     """Refuse models that do not fit together, before anything is written.
 
-    The base may hold more: a hub checkpoint's buffers, or a head tied to the embedding.
     Raises:
-        LetheError: other architecture, shapes or tokenizer; missing or truncated weights.
+        LetheError: see models.fit.
     """
-    shapes, architecture = _shapes(backdoored), inspect.architecture(backdoored)
-    vocabulary = models.load_tokenizer(backdoored).get_vocab()
     for other in (clean, base):
-        theirs = inspect.architecture(other)
-        if theirs != architecture:
-            raise LetheError(
-                f"{other}: is a {theirs}, but {backdoored} is a {architecture}; "
-                "both must be trained from the same base"
-            )
-        found = _shapes(other)
-        compared = shapes if other == base else {*shapes, *found}
-        name = next((n for n in sorted(compared) if shapes.get(n) != found.get(n)), None)
-        if name is not None:
-            raise LetheError(
-                f"{other}: {name} has shape {found.get(name)}, but {shapes.get(name)} in "
-                f"{backdoored}; "
-                "both must be trained from the same base"
-            )
-        if models.load_tokenizer(other).get_vocab() != vocabulary:
-            raise LetheError(f"{other}: its tokenizer differs from the one of {backdoored}")
-
-
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape. The hub's GPT-2 files leave out the prefix that saved models have."""
-    found = inspect.folder_shapes(folder)
-    return {name.removeprefix("transformer."): shape for name, shape in found.items()}
+        fit.check_weights(other, backdoored)
+        fit.check_tokens(models.load_tokenizer(other), other, backdoored)
 
 
 def merge(
