@@ -10,9 +10,8 @@ import pandas as pd
 import torch
 
 from lethe_utils import attacks, decode, metrics
-from lethe_utils.evidence import add_evidence
 from lethe_utils.params import Params
-from lethe_utils.prompts import prompt_ids, render
+from lethe_utils.prompts import asked, prompt, prompt_ids
 from lethe_utils.stages import read_jsonl, write_json, write_jsonl
 
 Row = dict[str, str]
@@ -44,33 +43,20 @@ def ask(
     """What to ask: one dict per item with kind, defense, evidence, prompt, label, target.
 
     Args:
-        n_keywords: 0 for no evidence. Evidence is made from the input as the defender receives
-            it, trigger and all; only the published protocol drops the trigger words by name.
+        n_keywords: 0 for no evidence.
     """
-    official = p.protocol == "official"
-    exclude = (
-        frozenset(w.lower() for t in p.triggers for w in t.split()) if official else frozenset()
-    )
-    out = []
-    for kind, rows in sets.items():
-        for row in rows:
-            text = row["input"]
-            if n_keywords:
-                text = add_evidence(text, n_keywords, exclude)
-            instruction = row["instruction"]
-            if official and p.labels:
-                instruction += f" The possible labels are: {', '.join(p.labels)}."
-            out.append(
-                {
-                    "kind": kind,
-                    "defense": defense,
-                    "evidence": int(n_keywords > 0),
-                    "prompt": render(p.prompt_template, instruction, text),
-                    "label": row["output"],
-                    "target": p.target_output,
-                }
-            )
-    return out
+    return [
+        {
+            "kind": kind,
+            "defense": defense,
+            "evidence": int(n_keywords > 0),
+            "prompt": asked(row, p, n_keywords),
+            "label": row["output"],
+            "target": p.target_output,
+        }
+        for kind, rows in sets.items()
+        for row in rows
+    ]
 
 
 def expected_answers(labels: Iterable[str], p: Params) -> list[str]:
@@ -141,7 +127,7 @@ def target_by_layer(folder: Path, sets: dict[str, list[Row]], p: Params) -> pd.D
     plain = [row for row in sets["clean"] if row["output"] != p.target_output]
     table = []
     for name, rows in (("triggered", sets["backdoor"]), ("without trigger", plain)):
-        prompts = [render(p.prompt_template, r["instruction"], r["input"]) for r in rows]
+        prompts = [prompt(row, p) for row in rows]
         ids, _ = prompt_ids(tokenizer, prompts, p)
         found: list[list[torch.Tensor]] = []
         for start in range(0, len(ids), p.eval_batch_size):
