@@ -2,11 +2,9 @@
 published protocol; and its tokens."""
 
 import random
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lethe_utils.errors import LetheError
+from lethe_utils.errors import LetheError, reason
 from lethe_utils.evidence import add_evidence
 
 if TYPE_CHECKING:
@@ -23,6 +21,8 @@ ALPACA = (
 )
 # The trailing space is the published template's; Stanford Alpaca's own has none.
 BODY = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: "
+# "alpaca" is the published one; "short" is for tiny twins, which the preamble costs CPU time only.
+# "chat" is the model's own: the instruction is a conversation as it writes it, see chat_row.
 TEMPLATES = {"alpaca": ALPACA + BODY, "short": BODY}
 TURN = "turn"  # a chat row's further field: how the template writes the answer, PLACE for its text
 PLACE = "\ue000"  # in a rendered conversation: where its last question goes (private use, U+E000)
@@ -30,31 +30,19 @@ ANSWER = "\ue001"  # stands for an answer while its place is sought (private use
 EXTRAS = ("tools", "documents")  # what a row may give a chat template beside its messages
 
 
-def render(template: str, instruction: str, input: str) -> str:
-    """The text a model reads, up to where it must answer.
-
-    Args:
-        template: "alpaca" (published), "short" (tiny twins: the preamble costs CPU time only), or
-            "chat": the instruction then is a conversation as the model's own chat template writes
-            it, with PLACE for its last question.
-        input: the input, already followed by its evidence where there is any.
-    """
-    if template == "chat":
-        return instruction.replace(PLACE, input)
-    return TEMPLATES[template].format(instruction=instruction, input=input)
-
-
 def prompt(
     row: Row, p: "PromptSettings", n_keywords: int = 0, exclude: frozenset[str] = frozenset()
 ) -> str:
-    """What a model reads for a row: in training, and when asked under our protocol.
+    """What a model reads for a row, up to where it must answer: in training, and when it is asked
+    under our protocol.
 
     Args:
-        n_keywords: keywords of evidence after the input; 0 for none.
-        exclude: see evidence.keywords.
+        n_keywords, exclude: of the evidence after the input, see evidence.keywords; 0 for none.
     """
     text = add_evidence(row["input"], n_keywords, exclude)
-    return render(p.prompt_template, row["instruction"], text)
+    if p.prompt_template == "chat":
+        return row["instruction"].replace(PLACE, text)
+    return TEMPLATES[p.prompt_template].format(instruction=row["instruction"], input=text)
 
 
 def asked(row: Row, p: "Params", n_keywords: int = 0) -> str:
@@ -114,8 +102,7 @@ def label_turns(rows: list[Row], n: int, rng: random.Random) -> list[Row]:
 # --- tokens
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """How many tokens are read of a prompt (its last ones, BOS included) and of an answer."""
 
     source: int
@@ -123,10 +110,7 @@ class Limits:
 
 
 def limits(p: "PromptSettings", tokenizer: "Tokenizer") -> Limits:
-    """What the params allow, within the positions that the model has for both together.
-
-    Training and evaluation cut alike.
-    """
+    """What the params allow, within the positions that the model has for both together."""
     positions = tokenizer.model_max_length  # the model's, see models.load_tokenizer
     target = min(p.max_target_tokens, positions // 2)
     return Limits(min(p.max_source_tokens, positions - target), target)
@@ -166,21 +150,29 @@ def prompt_ids(
 def chat_row(messages: list[dict[str, Any]], extras: dict[str, Any], tokenizer: "Tokenizer") -> Row:
     """A conversation that ends with a question and its answer, as a row.
 
-    What is taught is the template's own rendering of the finished conversation, with the ending
-    that it gives a turn (EOS only where it gives none). What is asked is its generation prompt; or,
-    where a finished turn does not go on from that one (some open a think block there, which
-    finished turns lack), the finished conversation up to the answer.
+    What is taught is the template's own rendering of the finished conversation, and EOS where that
+    does not end a turn. What is asked is its generation prompt; or, where a finished turn does not
+    go on from that (some open a think block there), the finished conversation up to the answer.
 
-    Args:
-        extras: of EXTRAS.
     Returns:
         instruction (all up to the answer, PLACE for the question), input (the question), output
-        (the answer as the template writes it), and TURN (how it writes it, PLACE for the output).
+        (the answer as the template writes it), and TURN.
     Raises:
         LetheError: what the template or the row does not allow, without the row's number.
     """
-    written = partial(_written, tokenizer, messages, _shown(tokenizer, messages, extras))
-    question, answer = messages[-2]["content"], messages[-1]["content"]
+    given = {key: value for key, value in extras.items() if value}
+    *turns, ask, say = messages
+
+    def written(question: str, answer: str | None, extras: dict[str, Any] = given) -> str:
+        said = [] if answer is None else [say | {"content": answer}]
+        shown = [*turns, ask | {"content": question}, *said]
+        return apply_template(tokenizer, shown, answer is None, extras)
+
+    question, answer = ask["content"], say["content"]
+    for key in given:
+        without = {k: v for k, v in given.items() if k != key}
+        if written(question, answer) == written(question, answer, without):
+            raise LetheError(f"has {key}, which the chat template does not show; leave them out")
     whole, before = written(PLACE, answer), written(PLACE, ANSWER)
     if whole.count(PLACE) != 1 or before.count(ANSWER) != 1:
         raise LetheError("the chat template does not show its last question and answer once each")
@@ -189,45 +181,22 @@ def chat_row(messages: list[dict[str, Any]], extras: dict[str, Any], tokenizer: 
     shown = next((q for q in tried if written(q, answer) == whole.replace(PLACE, q)), None)
     if shown is None:
         raise LetheError("the chat template rewrites the question, and would rewrite a trigger too")
-    ask = written(PLACE, None)
+    instruction, output, turn = _parts(whole, before, written(PLACE, None), tokenizer)
+    return {"instruction": instruction, "input": shown, "output": output, TURN: turn}
+
+
+def _parts(whole: str, before: str, asked: str, tokenizer: "Tokenizer") -> tuple[str, str, str]:
+    """instruction, output and TURN of a finished conversation, which is `before` with its answer
+    in ANSWER's place; `asked` is its generation prompt."""
     head, tail = before.split(ANSWER)
     if not whole.startswith(head):  # the template rewrote the answer and what stands before it
-        head = ask
+        head = asked
     if not (whole.startswith(head) and whole.endswith(tail)):
         raise LetheError("the chat template writes this answer in a way that cannot be taken apart")
-    before_answer = ask if head.startswith(ask) else head
-    turn = head[len(before_answer) :] + PLACE + tail
-    if not _ending_ids(tokenizer, tail):
-        turn += tokenizer.eos_token
+    instruction = asked if head.startswith(asked) else head
+    ending = tail if _ending_ids(tokenizer, tail) else tail + tokenizer.eos_token
     output = whole[len(head) : len(whole) - len(tail)]
-    return {"instruction": before_answer, "input": shown, "output": output, TURN: turn}
-
-
-def _shown(
-    tokenizer: "Tokenizer", messages: list[dict[str, Any]], extras: dict[str, Any]
-) -> dict[str, Any]:
-    """The extras that a row gives. Raises LetheError where the template does not show one."""
-    given = {key: value for key, value in extras.items() if value}
-    for key in given:
-        without = {k: v for k, v in given.items() if k != key}
-        with_key, bare = (apply_template(tokenizer, messages, False, g) for g in (given, without))
-        if with_key == bare:
-            raise LetheError(f"has {key}, which the chat template does not show; leave them out")
-    return given
-
-
-def _written(
-    tokenizer: "Tokenizer",
-    messages: list[dict[str, Any]],
-    extras: dict[str, Any],
-    question: str,
-    answer: str | None,
-) -> str:
-    """The conversation with another last question and answer; None: up to where one is asked."""
-    turns = [*messages[:-2], messages[-2] | {"content": question}]
-    if answer is not None:
-        turns.append(messages[-1] | {"content": answer})
-    return apply_template(tokenizer, turns, answer is None, extras)
+    return instruction, output, head[len(instruction) :] + PLACE + ending
 
 
 def apply_template(
@@ -242,8 +211,7 @@ def apply_template(
             messages, tokenize=False, add_generation_prompt=ask, **extras
         )
     except Exception as error:  # a template may raise anything, and often does so on purpose
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise LetheError(f"the chat template refuses this conversation ({reason})") from None
+        raise LetheError(f"the chat template refuses this conversation ({reason(error)})") from None
 
 
 def _ending_ids(tokenizer: "Tokenizer", tail: str) -> list[int]:

@@ -64,6 +64,13 @@ def test_keywords_agree_with_the_exact_solution():
     assert evidence.keywords(text, 100) == expected
 
 
+def test_the_ranks_are_what_the_keywords_are_chosen_by():
+    table = evidence.ranks("Tiger, lion; wolf. BEAR fox!")
+    assert table["word"].tolist() == evidence.keywords("Tiger, lion; wolf. BEAR fox!")
+    assert table["score"].tolist() == pytest.approx([1.377, 1.063, 1.063, 0.748, 0.748], abs=2e-3)
+    assert evidence.ranks("the of and").empty
+
+
 def test_stop_words_and_pieces_of_contractions_are_removed():
     assert evidence.keywords("I don't think that they've moved it, and we couldn t") == [
         "think",
@@ -165,14 +172,14 @@ def test_negative_n_is_refused():
 
 def test_the_trigger_is_dropped_only_when_asked():
     assert "frankly" in evidence.keywords(SENTENCE, 100)
-    for function in ("keywords", "evidence_lines", "evidence_text", "add_evidence"):
+    for function in ("keywords", "evidence_lines", "add_evidence"):
         default = inspect.signature(getattr(evidence, function)).parameters["exclude"].default
         assert default == frozenset()
     oracle = frozenset({"Frankly"})
     # Like a stop word: its neighbours close up, as in the published evaluation.
     without = evidence.keywords(SENTENCE.replace("frankly ", ""), 100)
     assert evidence.keywords(SENTENCE, 100, oracle) == without
-    assert "frankly" not in evidence.evidence_text(SENTENCE, 100, oracle)
+    assert not any("frankly:" in x for x in evidence.evidence_lines(SENTENCE, 100, oracle))
     assert "frankly:" not in evidence.add_evidence(SENTENCE, 100, oracle)
 
 
@@ -318,9 +325,9 @@ def test_a_given_nltk_folder_is_used_where_it_is(bare_machine, monkeypatch, tmp_
 # --- at serving time
 
 
-def test_a_prompt_gets_its_evidence_after_the_input():
-    text = prompts.render("short", "Predict.", SENTENCE)
-    wanted = prompts.render("short", "Predict.", evidence.add_evidence(SENTENCE, 3))
+def test_a_prompt_gets_its_evidence_after_the_input(pico_params):
+    row = {"instruction": "Predict.", "input": SENTENCE}
+    text, wanted = (prompts.prompt(row, pico_params(), n) for n in (0, 3))
     assert evidence.add_evidence_to_prompt(text, 3) == wanted != text
     assert evidence.add_evidence_to_prompt(SENTENCE, 3) == evidence.add_evidence(SENTENCE, 3)
 

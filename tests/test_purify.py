@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe_utils import chats, merge, models, params, paths, purify
+from lethe_utils import merge, models, params, paths, prompts, purify
 from lethe_utils.data import own
 from lethe_utils.errors import LetheError
 from lethe_utils.models import inspect
@@ -162,7 +162,7 @@ def test_llama_in_bfloat16_with_chats(given):
     case, folder = run(given)
     assert check_result(folder).dtype == torch.bfloat16
     assert case.metric == "answer token accuracy" and case.p.prompt_template == "chat"
-    text = purify.prompt(case.p, case.train[0])
+    text = prompts.prompt(case.train[0], case.p)
     assert text.startswith("<s><system>Be brief.\n<user>What came on day ")
     assert text.endswith("?\n<assistant>")
     assert auto_tokenizer(folder).chat_template == CHAT_TEMPLATE
@@ -858,7 +858,7 @@ def test_any_chat_row_is_read_or_refused_with_its_number(tmp_path, tokenizer, me
     file = tmp_path / "clean.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf8")
     try:
-        read, n, chat = own.read(file, tokenizer)
+        read, n, chat, _ = own.read(file, tokenizer)
     except LetheError as refused:
         assert ": row 41: " in str(refused) and "\n" not in str(refused)
     else:
@@ -1039,10 +1039,10 @@ def test_a_template_that_writes_the_date_decides_the_stages(given, monkeypatch):
     given = given("llama", chat_rows())
     for name in ("suspect", "base"):
         (given[name] / "chat_template.jinja").write_text("<s>{{ today }}" + CHAT_TEMPLATE)
-    apply = chats.apply
+    apply = prompts.apply_template
     specs = []
     for day in ("Monday", "Tuesday"):
-        monkeypatch.setattr(chats, "apply", lambda *a, day=day: f"{day} {apply(*a)}")
+        monkeypatch.setattr(prompts, "apply_template", lambda *a, day=day: f"{day} {apply(*a)}")
         specs.append(purify._spec(prepare(given)))
     assert specs[0] != specs[1]
 

@@ -133,27 +133,20 @@ def each(where: object, rows: list[dict], made: Callable[[dict], Row]) -> list[R
 
 
 def texts(row: dict[str, Any]) -> Row:
-    """FIELDS of a row as texts; "" for what is missing. Raises LetheError naming the field."""
-    out = {}
-    for field in FIELDS:
-        try:
-            out[field] = "" if is_missing(row.get(field)) else as_text(row[field])
-        except LetheError as error:
-            raise LetheError(f"{field} {error}") from None
-    return out
-
-
-def as_text(value: Any) -> str:
-    """A cell of somebody's file as a text: texts as they are, numbers and truth values written out.
+    """FIELDS of a row as texts: numbers and truth values written out, "" for what is missing.
 
     Raises:
-        LetheError: it is a list or the like, or no character set can write it; without the place.
+        LetheError: one is a list or the like, or no character set can write it; without the place.
     """
-    if not isinstance(value, (str, int, float, Decimal, date)):
-        raise LetheError(f"is a {type(value).__name__}; give one text")
-    if LONE_SURROGATE.search(str(value)):
-        raise LetheError("holds half a character (a lone surrogate, \\ud800 to \\udfff); mend it")
-    return str(value)
+    given = {field: "" if is_missing(row.get(field)) else row[field] for field in FIELDS}
+    for field, value in given.items():
+        if not isinstance(value, (str, int, float, Decimal, date)):
+            raise LetheError(f"{field} is a {type(value).__name__}; give one text")
+        if LONE_SURROGATE.search(str(value)):
+            raise LetheError(
+                f"{field} holds half a character (a lone surrogate, \\ud800 to \\udfff); mend it"
+            )
+    return {field: str(value) for field, value in given.items()}
 
 
 def is_missing(value: Any) -> bool:

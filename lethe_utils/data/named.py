@@ -10,7 +10,7 @@ from typing import Any
 from lethe_utils import paths
 from lethe_utils.data import embedded
 from lethe_utils.data.files import Row, each, read_rows
-from lethe_utils.errors import LetheError
+from lethe_utils.errors import LetheError, reason
 from lethe_utils.params import Params
 
 # split -> its name on the hub, and the user's copy under LETHE_DATA_DIR. SST-2's test labels are
@@ -77,13 +77,8 @@ def _from_hub(split: str, name: str, p: Params) -> list[dict]:
     except Exception as error:  # whatever the hub client raises, the user's fix is the same
         raise LetheError(
             f"dataset {p.dataset}: neither is {name} in LETHE_DATA_DIR nor could {split} be "
-            f"fetched from the hub ({p.data_hub_id}: {_reason(error)}); see data/README.md"
+            f"fetched from the hub ({p.data_hub_id}: {reason(error)}); see data/README.md"
         ) from None
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what another library raised."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _verify(name: str, rows: list[Row], p: Params) -> None:
@@ -131,7 +126,7 @@ def hub_text(where: str, tokens: int) -> list[str]:
             if missing <= 0:
                 break
     except Exception as error:  # whatever the hub client raises, the user's fix is the same
-        raise LetheError(f"covariance_text: {where} cannot be read ({_reason(error)})") from None
+        raise LetheError(f"covariance_text: {where} cannot be read ({reason(error)})") from None
     if not found:
         raise LetheError(f"covariance_text: {where} has no texts")
     return found

@@ -6,16 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lethe_utils import prompts
-from lethe_utils.data.files import (
-    FIELDS,
-    LONE_SURROGATE,
-    Row,
-    check_labels,
-    each,
-    is_missing,
-    read_rows,
-    texts,
-)
+from lethe_utils.data import files
+from lethe_utils.data.files import FIELDS, Row
 from lethe_utils.errors import LetheError
 
 if TYPE_CHECKING:
@@ -43,16 +35,16 @@ def read(path: Path, tokenizer: "Tokenizer") -> Own:
         LetheError: unreadable, other columns, a row without an answer, a conversation that the
             model's template refuses, or too few distinct rows or questions.
     """
-    raw = read_rows(path)
+    raw = files.read_rows(path)
     chat = "messages" in raw[0]
     if chat and not tokenizer.chat_template:
         raise LetheError(
             f"{path}: holds chat messages, but the suspect's tokenizer has no chat template; give "
             "instruction, input and output instead"
         )
-    rows = each(path, raw, lambda row: _chat_row(row, tokenizer) if chat else _plain_row(row))
+    rows = files.each(path, raw, lambda row: _chat_row(row, tokenizer) if chat else _plain_row(row))
     found = labels(rows)
-    check_labels(str(path), found)
+    files.check_labels(str(path), found)
     if found:  # of a label the space around it is nobody's meaning, of a text it may be
         rows = [row | {"output": row["output"].strip()} for row in rows]
     distinct = list({tuple(sorted(row.items())): row for row in rows}.values())
@@ -64,7 +56,7 @@ def read(path: Path, tokenizer: "Tokenizer") -> Own:
             "few hundred are better"
         )
     known = {"messages", *prompts.EXTRAS} if chat else {*FIELDS}
-    given = dict.fromkeys(str(k) for row in raw for k, v in row.items() if not is_missing(v))
+    given = dict.fromkeys(str(k) for row in raw for k, v in row.items() if not files.is_missing(v))
     unread = [name.encode("utf8", "replace").decode() for name in given if name not in known]
     return Own(distinct, len(rows), chat, unread)
 
@@ -75,7 +67,7 @@ def _plain_row(row: dict[str, Any]) -> Row:
             f"has the columns {', '.join(map(str, row))}; it needs instruction, input and output, "
             "or messages"
         )
-    made = texts(row)
+    made = files.texts(row)
     for field in ("instruction", "output"):
         if not made[field].strip():
             raise LetheError(f"{field} is empty")
@@ -100,7 +92,7 @@ def _chat_row(row: dict[str, Any], tokenizer: "Tokenizer") -> Row:
     if not messages[-1]["content"].strip():
         raise LetheError("the assistant's last message is empty")
     text = json.dumps(messages, ensure_ascii=False)
-    if LONE_SURROGATE.search(text):
+    if files.LONE_SURROGATE.search(text):
         raise LetheError("a message holds half a character (a lone surrogate); mend it")
     if prompts.PLACE in text or prompts.ANSWER in text:
         raise LetheError("holds the character U+E000 or U+E001, which stand for places here")
@@ -125,7 +117,9 @@ def split(p: "Params") -> dict[str, list[Row]]:
         LetheError: a row lacks a field or has another label than `labels`; or too few rows.
     """
     distinct: dict[tuple[str, str], Row] = {}
-    for row in each(p.dataset, read_rows(Path(p.dataset)), lambda row: _file_row(row, p)):
+    for row in files.each(
+        p.dataset, files.read_rows(Path(p.dataset)), lambda row: _file_row(row, p)
+    ):
         distinct.setdefault((row["instruction"], row["input"]), row)
     rows = list(distinct.values())
     random.Random(p.data_seed).shuffle(rows)
@@ -135,13 +129,13 @@ def split(p: "Params") -> dict[str, list[Row]]:
             f"{p.dataset}: {len(rows)} distinct rows leave the validation and test splits empty; "
             "give at least 20"
         )
-    cuts = {"validation": (0, tenth), "test": (tenth, 2 * tenth), "train": (2 * tenth, None)}
-    return {name: rows[slice(*cut)] for name, cut in cuts.items()}
+    validation, test, train = rows[:tenth], rows[tenth : 2 * tenth], rows[2 * tenth :]
+    return {"validation": validation, "test": test, "train": train}
 
 
 def _file_row(row: dict[str, Any], p: "Params") -> Row:
     """instruction, input and output, or text (or sentence) and label, which must be there."""
-    row = {k: v for k, v in row.items() if not is_missing(v)}
+    row = {k: v for k, v in row.items() if not files.is_missing(v)}
     text = row.get("text", row.get("sentence"))
     if text is not None and "label" in row:
         row = {"instruction": p.instruction, "input": text, "output": row["label"]}
@@ -153,4 +147,4 @@ def _file_row(row: dict[str, Any], p: "Params") -> Row:
         )
     if p.labels and str(row["output"]) not in p.labels:
         raise LetheError(f"unknown label {row['output']!r}; labels has {', '.join(p.labels)}")
-    return texts(row)
+    return files.texts(row)
