@@ -577,16 +577,16 @@ def test_bos_that_is_null_is_none_in_every_stage(given):
     clean = purify.clean_model(case)
     merged = purify.merged(case, purify.suspect_model(case) / "model", 0.5, clean.parent / "m")
     for folder in (given["suspect"], purify.base_model(case) / "model", clean / "model", merged):
-        assert models.start_ids(auto_tokenizer(folder)) == []
+        assert prompts.start_ids(auto_tokenizer(folder)) == []
 
 
 def test_add_bos_token_false_means_none_and_a_chat_template_may_still_write_it(pico, tmp_path):
     folder = shutil.copytree(pico("llama")[0], tmp_path / "model")
-    assert models.start_ids(auto_tokenizer(folder)) == [1]
+    assert prompts.start_ids(auto_tokenizer(folder)) == [1]
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"add_bos_token": False}))
     tokenizer = auto_tokenizer(folder)
-    assert models.start_ids(tokenizer) == [] and tokenizer.bos_token == "<s>"
+    assert prompts.start_ids(tokenizer) == [] and tokenizer.bos_token == "<s>"
 
 
 def test_generation_settings_of_a_suspect_do_not_answer_for_us(pico, tmp_path):
