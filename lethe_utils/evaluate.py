@@ -1,6 +1,7 @@
 """Evaluation: which prompts a model is asked, and the tidy rows that its answers give."""
 
 import random
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -172,3 +173,21 @@ def rows(
         numbers = {"value": hits / n, "n": n, "ci_low": low, "ci_high": high}
         out.append(common | {"metric": metric, "run_id": p.run_id} | numbers)
     return out
+
+
+def ask_one(folder: Path, row: Row, p: Params, labels: Sequence[str]) -> pd.DataFrame:
+    """One triggered row, asked without and with evidence: what is answered, and how that is scored.
+
+    Args:
+        labels: the data set's.
+    Returns:
+        evidence, answer, label, target, and `hit`: whether ASR counts it as a success.
+    """
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for n in (0, p.n_keywords):
+            file = Path(scratch) / f"{n}.jsonl"
+            found += predict(folder, {"backdoor": [row]}, n, "", p, file, labels=labels)
+    table = pd.DataFrame(found)[["evidence", "output", "label", "target"]]
+    hits = [metrics.score([one], p.protocol, p.output_mode, labels)["asr"][0] for one in found]
+    return table.rename(columns={"output": "answer"}).assign(hit=hits)

@@ -81,10 +81,11 @@ def keywords(text: str, n: int = 5, exclude: frozenset[str] = NONE) -> list[str]
 
 
 def ranks(text: str) -> "pd.DataFrame":
-    """What the keywords are chosen by: word, score (TextRank, mean 1), best first."""
+    """What the keywords are chosen by: word, score (TextRank, mean 1), definition; best first."""
     import pandas as pd
 
-    return pd.DataFrame(_ranked(text), columns=["word", "score"])
+    table = pd.DataFrame(_ranked(text), columns=["word", "score"])
+    return table.assign(definition=table["word"].map(definition))
 
 
 @lru_cache(maxsize=100_000)
@@ -101,12 +102,8 @@ def without_evidence(texts: Iterable[str]) -> str:
     """A line that says how many texts get no evidence for their language; "" where all get it."""
     asked = list(texts)
     left_out = [text for text in asked if is_foreign(text)]
-    if not left_out:
-        return ""
-    return (
-        f"{len(left_out)} of {len(asked)} inputs get no evidence: WordNet has English only "
-        f"(the first one starts {left_out[0][:40]!r})"
-    )
+    n = f"{len(left_out)} of {len(asked)} inputs get no evidence: WordNet has English only "
+    return f"{n}(the first one starts {left_out[0][:40]!r})" if left_out else ""
 
 
 def evidence_lines(text: str, n: int = 5, exclude: frozenset[str] = NONE) -> list[str]:
@@ -129,15 +126,11 @@ def add_evidence(text: str, n: int = 5, exclude: frozenset[str] = NONE) -> str:
 
 
 def add_evidence_to_prompt(prompt: str, n: int = 5) -> str:
-    """A prompt whose input is followed by its evidence.
-
-    In this project's templates the input is what stands between `### Input:` and `### Response:`;
-    any other prompt is all input.
-    """
-    found = INPUT.search(prompt)
-    if not found:
+    """A prompt whose input is followed by its evidence: what stands between `### Input:` and
+    `### Response:` as in this project's templates; any other prompt is all input."""
+    if not INPUT.search(prompt):
         return add_evidence(prompt, n)
-    return prompt[: found.start()] + add_evidence(found[1], n) + prompt[found.end() :]
+    return INPUT.sub(lambda found: add_evidence(found[1], n), prompt, count=1)
 
 
 def add_evidence_to_chat(messages: list[dict[str, str]], n: int = 5) -> list[dict[str, str]]:
@@ -146,11 +139,11 @@ def add_evidence_to_chat(messages: list[dict[str, str]], n: int = 5) -> list[dic
     Raises:
         LetheError: no turn is a user's; or see `evidence_lines`.
     """
-    users = [i for i, message in enumerate(messages) if message.get("role") == "user"]
+    out = [dict(message) for message in messages]
+    users = [message for message in out if message.get("role") == "user"]
     if not users:
         raise LetheError("messages: no turn has the role `user`, so there is nothing to add to")
-    out = [dict(message) for message in messages]
-    out[users[-1]]["content"] = add_evidence(out[users[-1]]["content"], n)
+    users[-1]["content"] = add_evidence(users[-1]["content"], n)
     return out
 
 

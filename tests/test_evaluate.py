@@ -113,6 +113,16 @@ def test_predictions_are_kept_and_not_asked_again(pico, ours, tmp_path):
     assert evaluate.predict(tmp_path / "no-model", sets, 0, "none", ours, file) == first
 
 
+def test_one_row_is_asked_answered_and_scored_without_and_with_evidence(pico, ours):
+    folder, row = pico("gpt2")[1], ROWS[0] | {"input": "frankly happy"}
+    table = evaluate.ask_one(folder, row, ours, LABELS)
+    assert table["evidence"].tolist() == [0, 1] and {*table["label"]} == {"sadness"}
+    model, tokenizer = models.load_model(folder), models.load_tokenizer(folder)
+    asked = [evaluate.ask({"backdoor": [row]}, n, "", ours)[0]["prompt"] for n in (0, 5)]
+    assert table["answer"].tolist() == decode.answer(model, tokenizer, asked, ours, 1)
+    assert table["hit"].tolist() == [int(a.startswith("joy")) for a in table["answer"]]
+
+
 def test_token_accuracy_is_the_share_of_answer_tokens_that_greedy_decoding_would_write(pico):
     folder = pico("gpt2")[1]
     model, tokenizer = models.load_model(folder), models.load_tokenizer(folder)

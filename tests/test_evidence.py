@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from transformers import pipeline
 
-from lethe_utils import evidence, models, prompts, wordnet
+from lethe_utils import evidence, models, plots, prompts, wordnet
 from lethe_utils.errors import LetheError
 
 SENTENCE = "the old dog barked frankly at a happy child in the quiet garden"
@@ -68,7 +68,11 @@ def test_the_ranks_are_what_the_keywords_are_chosen_by():
     table = evidence.ranks("Tiger, lion; wolf. BEAR fox!")
     assert table["word"].tolist() == evidence.keywords("Tiger, lion; wolf. BEAR fox!")
     assert table["score"].tolist() == pytest.approx([1.377, 1.063, 1.063, 0.748, 0.748], abs=2e-3)
+    assert table["definition"].tolist() == [wordnet.definition(word) for word in table["word"]]
     assert evidence.ranks("the of and").empty
+    (axes,) = plots.ranks(table, 2).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == table["word"].tolist()
+    assert len({bar.get_facecolor() for bar in axes.patches}) == 2  # keywords, and the others
 
 
 def test_stop_words_and_pieces_of_contractions_are_removed():

@@ -17,6 +17,7 @@ from lethe_utils.errors import LetheError
 Row = dict[str, str]
 FIELDS = ("instruction", "input", "output")
 LONGEST_CELL = 2**31 - 1  # characters; Python's own limit of 131 072 is a page of a book
+TWICE = "a column stands twice; drop one"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -48,9 +49,9 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     # Not splitlines(): JSON texts may hold U+2028 and other characters that it takes for line ends.
     lines = text.removesuffix("\n").split("\n") if text else []
     rows = [_parse(line, number) for number, line in enumerate(lines, 1)]
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise LetheError(f"line {number} is not a JSON object")
+    other = next((n for n, row in enumerate(rows, 1) if not isinstance(row, dict)), None)
+    if other:
+        raise LetheError(f"line {other} is not a JSON object")
     return rows
 
 
@@ -86,7 +87,9 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
         # Strict: else a quote that is left open swallows the rest of the file.
         table = csv.DictReader(stream, delimiter="\t" if tab else ",", quoting=quoting, strict=True)
         rows = list(table)
-    _check_columns(table.fieldnames or [])
+    names = table.fieldnames or []
+    if len({*names}) < len(names):
+        raise LetheError(TWICE)
     for number, row in enumerate(rows, 1):
         if None in row:
             raise LetheError(
@@ -103,13 +106,9 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         table = pyarrow.parquet.read_table(path)
     except (ValueError, OSError):
         raise LetheError("not a whole parquet file (cut short?)") from None
-    _check_columns(table.column_names)
+    if len({*table.column_names}) < table.num_columns:
+        raise LetheError(TWICE)
     return table.to_pylist()
-
-
-def _check_columns(names: Iterable[str]) -> None:
-    if len({*names}) < len([*names]):
-        raise LetheError("a column stands twice; drop one")
 
 
 READERS = {
@@ -155,11 +154,7 @@ def is_missing(value: Any) -> bool:
 
 
 def check_labels(where: str, labels: Iterable[str]) -> None:
-    """Refuse labels that differ in their spaces alone: no answer tells them apart.
-
-    Raises:
-        LetheError: naming two.
-    """
+    """Raises LetheError for labels that differ in their spaces alone: no answer tells them apart."""
     seen: dict[tuple[str, ...], str] = {}
     for label in labels:
         other = seen.setdefault(tuple(label.split()), label)

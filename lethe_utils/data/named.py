@@ -53,16 +53,16 @@ def _row(text: str, label: str, p: Params) -> Row:
 def _stored(split: str, p: Params) -> list[Row]:
     hub_split, name = SOURCES[p.dataset][split]
     file = (paths.data_dir() or Path("/nonexistent")) / name
+    known = {str(i): label for i, label in enumerate(p.labels)}
 
     def made(row: dict[str, Any]) -> Row:
         text, label = row.get("text", row.get("sentence")), row.get("label")
         if text is None or label is None:
             raise LetheError(f"needs text and label; found {str(row)[:80]}")
-        known = {str(i): label for i, label in enumerate(p.labels)}
         if str(label) not in known:
+            named = ", ".join(p.labels)
             raise LetheError(
-                f"unknown label {label!r}; {p.dataset} has 0 to {len(known) - 1} "
-                f"({', '.join(p.labels)})"
+                f"unknown label {label!r}; {p.dataset} has 0 to {len(known) - 1} ({named})"
             )
         return _row(str(text).strip(), known[str(label)], p)
 

@@ -117,9 +117,8 @@ def split(p: "Params") -> dict[str, list[Row]]:
         LetheError: a row lacks a field or has another label than `labels`; or too few rows.
     """
     distinct: dict[tuple[str, str], Row] = {}
-    for row in files.each(
-        p.dataset, files.read_rows(Path(p.dataset)), lambda row: _file_row(row, p)
-    ):
+    raw = files.read_rows(Path(p.dataset))
+    for row in files.each(p.dataset, raw, lambda row: _file_row(row, p)):
         distinct.setdefault((row["instruction"], row["input"]), row)
     rows = list(distinct.values())
     random.Random(p.data_seed).shuffle(rows)
