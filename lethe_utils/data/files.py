@@ -154,7 +154,7 @@ def is_missing(value: Any) -> bool:
 
 
 def check_labels(where: str, labels: Iterable[str]) -> None:
-    """Raises LetheError for labels that differ in their spaces alone: no answer tells them apart."""
+    """Raises LetheError for labels that differ in spaces alone: no answer tells them apart."""
     seen: dict[tuple[str, ...], str] = {}
     for label in labels:
         other = seen.setdefault(tuple(label.split()), label)
