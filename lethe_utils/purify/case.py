@@ -1,5 +1,6 @@
 """What was given: checked, split and estimated before anything is trained or written."""
 
+import hashlib
 import random
 import shutil
 import time
@@ -75,13 +76,13 @@ def prepare(
     ownership.check(target, [f for f in (suspect_folder, base_folder, adapter_folder) if f])
     checks = suspects.check(suspect_folder, base_folder, adapter_folder)
     tokenizer = adapters.load_tokenizer(suspect_folder, adapter_folder)
-    rows, n_rows, chat = own.read(file, tokenizer)
+    rows, n_rows, chat, unread = own.read(file, tokenizer)
     p = _params(suspects.count_weights(suspect_folder), chat, file, overrides or {})
     labels = own.labels(rows)
     train, held_out = split(rows, p)
     data = {
         "file": str(file),
-        "sha256": own.fingerprint(file),
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "rows": n_rows,
         "distinct": len(rows),
         "train": len(train),
@@ -95,7 +96,7 @@ def prepare(
             suspects.summary("base", base, base_folder),
         ],
         "data": data,
-        "notes": _notes(file, data, rows, p),
+        "notes": _notes(data, rows, unread),
         "checks": checks,
     }
     folders = suspect_folder, base_folder, adapter_folder, target
@@ -146,7 +147,7 @@ def _lengths(
     return tokens | {f"{part}_cut": cut[f"{part} cut"] for part in ("prompts", "answers")}
 
 
-def _notes(file: Path, data: dict[str, Any], rows: list[Row], p: PurifyParams) -> list[str]:
+def _notes(data: dict[str, Any], rows: list[Row], unread: list[str]) -> list[str]:
     """What the reader should know of the rows, a line each: what is cut, gets no evidence, or is
     not read at all."""
     ends = (
@@ -160,7 +161,6 @@ def _notes(file: Path, data: dict[str, Any], rows: list[Row], p: PurifyParams) -
     ]
     foreign = without_evidence(row["input"] for row in rows)
     lines += [f"{foreign}."] if foreign else []
-    unread = own.unread_columns(file)
     return lines + ([f"Columns that are not read: {', '.join(unread)}."] if unread else [])
 
 

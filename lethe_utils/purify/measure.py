@@ -12,7 +12,7 @@ from lethe_utils import metrics, models, wordnet
 from lethe_utils.errors import LetheError
 from lethe_utils.evidence import add_evidence
 from lethe_utils.progress import Bar
-from lethe_utils.prompts import render
+from lethe_utils.prompts import prompt
 from lethe_utils.purify import canary, dilute
 from lethe_utils.purify.case import Case, Row
 from lethe_utils.stages import fresh, read_jsonl, stage, write_json, write_jsonl
@@ -142,8 +142,7 @@ def ask(
     model, tokenizer = models.load_model(folder, p.device), models.load_tokenizer(folder)
     items = [(kind, row) for kind, rows in sets.items() for row in rows]
     start = time.perf_counter()
-    shown = [_with_evidence(row, n_keywords) for _, row in items]
-    prompts = [render(p.prompt_template, row["instruction"], row["input"]) for row in shown]
+    prompts = [prompt(row, p, n_keywords) for _, row in items]
     expected = _expected(case)
     # A label is the whole answer; a text goes on, for it is shown as a sample.
     n_words = max(len(text.split()) for text in expected) if case.labels else p.max_new_tokens
@@ -156,17 +155,12 @@ def ask(
         | {"output": output}
         for (kind, row), output in zip(items, outputs, strict=True)
     ]
-    clean = [i for i, (kind, _) in enumerate(items) if kind == "clean"]
-    if clean and not case.labels:
-        rows = [shown[i] for i in clean]
-        shares = decode.token_accuracy(model, tokenizer, rows, p, progress)
-        for i, share in zip(clean, shares, strict=True):
-            answers[i]["right"] = share
+    if "clean" in sets and not case.labels:  # they stand first
+        shown = [row | {"input": add_evidence(row["input"], n_keywords)} for row in sets["clean"]]
+        shares = decode.token_accuracy(model, tokenizer, shown, p, progress)
+        for answer, share in zip(answers, shares, strict=False):
+            answer["right"] = share
     return answers, seconds
-
-
-def _with_evidence(row: Row, n_keywords: int) -> Row:
-    return row | {"input": add_evidence(row["input"], n_keywords)} if n_keywords else row
 
 
 def performance(case: Case, answers: list[Answer]) -> Score:
