@@ -368,5 +368,5 @@ def test_the_template_is_shipped():
     project = tomllib.loads((paths.root() / "pyproject.toml").read_text("utf8"))
     shipped = project["tool"]["setuptools"]["package-data"]["lethe_utils"]
     templates = [*report.TEMPLATES.glob("*.j2")]
-    assert len(templates) == 2
+    assert len(templates) == 3
     assert all(any(f.match(pattern) for pattern in shipped) for f in templates)
