@@ -11,7 +11,8 @@ from lethe_utils.errors import LetheError
 from lethe_utils.models import fit, inspect
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 LORA = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
@@ -97,7 +98,7 @@ def empty(folder: Path) -> "PreTrainedModel":
         return AutoModelForCausalLM.from_config(fit.read_settings(folder), trust_remote_code=False)
 
 
-def check_ids(tokenizer: "PreTrainedTokenizerBase", source: Path, model: Path) -> None:
+def check_ids(tokenizer: "Tokenizer", source: Path, model: Path) -> None:
     """Refuse a tokenizer with a token that the model's embedding has no row for."""
     rows = fit.embedding_rows(model)
     token, number = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
@@ -121,7 +122,7 @@ def copy_tokenizer(suspect: Path, adapter: Path | None, out: Path) -> None:
         inspect.copy_tokenizer(adapter, out)
 
 
-def load_tokenizer(suspect: Path, adapter: Path | None) -> "PreTrainedTokenizerBase":
+def load_tokenizer(suspect: Path, adapter: Path | None) -> "Tokenizer":
     """The suspect's tokenizer; see copy_tokenizer."""
     if not adapter or not inspect.tokenizer_files(adapter):
         return models.load_tokenizer(suspect)

@@ -21,7 +21,7 @@ from lethe_utils.params import PurifyParams, load_purify
 from lethe_utils.purify import adapters, canary, ownership, suspects
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 Row = dict[str, str]
 PASSES = 3  # forward, backward to the activations, and that again under checkpointing
@@ -67,19 +67,17 @@ def prepare(
     Raises:
         LetheError: one line naming the file and the fix.
     """
-    suspect_folder = suspects.locate(suspect, "--suspect")
-    base_folder = suspects.locate(base, "--base")
+    folders = suspects.locate(suspect, "--suspect"), suspects.locate(base, "--base")
     adapter_folder = paths.expanded(adapter) if adapter else None
-    if suspect_folder == base_folder and not adapter_folder:
+    if folders[0] == folders[1] and not adapter:
         raise LetheError(f"--suspect {suspect}: is the base itself; give the model trained from it")
     target, file = paths.expanded(out), paths.expanded(clean_data)
-    ownership.check(target, [f for f in (suspect_folder, base_folder, adapter_folder) if f])
-    checks = suspects.check(suspect_folder, base_folder, adapter_folder)
-    tokenizer = adapters.load_tokenizer(suspect_folder, adapter_folder)
+    ownership.check(target, [*folders, *([adapter_folder] if adapter_folder else [])])
+    checks = suspects.check(*folders, adapter_folder)
+    tokenizer = adapters.load_tokenizer(folders[0], adapter_folder)
     rows, n_rows, chat, unread = own.read(file, tokenizer)
-    p = _params(suspects.count_weights(suspect_folder), chat, file, overrides or {})
-    labels = own.labels(rows)
-    train, held_out = split(rows, p)
+    p = _params(suspects.count_weights(folders[0]), chat, file, overrides or {})
+    labels, (train, held_out) = own.labels(rows), split(rows, p)
     data = {
         "file": str(file),
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
@@ -90,23 +88,18 @@ def prepare(
         "format": "chat" if chat else "instruction, input, output",
         "answers": "labels" if labels else "texts",
     } | _lengths(rows, tokenizer, p)
-    given = {
-        "models": [
-            suspects.summary("suspect", suspect, suspect_folder, adapter),
-            suspects.summary("base", base, base_folder),
-        ],
-        "data": data,
-        "notes": _notes(data, rows, unread),
-        "checks": checks,
-    }
-    folders = suspect_folder, base_folder, adapter_folder, target
-    return Case(*folders, train, held_out, labels, p, given)
+    summaries = [
+        suspects.summary("suspect", suspect, folders[0], adapter),
+        suspects.summary("base", base, folders[1]),
+    ]
+    notes = _notes(data, rows, unread)
+    given = {"models": summaries, "data": data, "notes": notes, "checks": checks}
+    return Case(*folders, adapter_folder, target, train, held_out, labels, p, given)
 
 
 def _params(weights: int, chat: bool, file: Path, overrides: dict[str, Any]) -> PurifyParams:
     device = models.resolve_device(overrides.get("device", "auto"))
-    forced = {"prompt_template": "chat"} if chat else {}
-    p = load_purify(weights, device, overrides | forced)
+    p = load_purify(weights, device, overrides | ({"prompt_template": "chat"} if chat else {}))
     if p.prompt_template == "chat" and not chat:
         raise LetheError(f"prompt_template: chat is for rows of messages, which {file} has not")
     return p
@@ -130,14 +123,8 @@ def split(rows: list[Row], p: PurifyParams) -> tuple[list[Row], list[Row]]:
     return train, held_out
 
 
-def _lengths(
-    rows: list[Row], tokenizer: "PreTrainedTokenizerBase", p: PurifyParams
-) -> dict[str, int]:
-    """The rows' tokens, and how many rows are longer than the params or the model's positions.
-
-    Raises:
-        LetheError: most of them.
-    """
+def _lengths(rows: list[Row], tokenizer: "Tokenizer", p: PurifyParams) -> dict[str, int]:
+    """The rows' tokens, and how many rows are too long; refused where most of them are."""
     from lethe_utils import train
 
     items = train.encode(rows, tokenizer, p)
@@ -148,15 +135,14 @@ def _lengths(
 
 
 def _notes(data: dict[str, Any], rows: list[Row], unread: list[str]) -> list[str]:
-    """What the reader should know of the rows, a line each: what is cut, gets no evidence, or is
-    not read at all."""
-    ends = (
-        ("prompts", "lose their start", "max_source_tokens"),
-        ("answers", "lose their end, and are taught without one", "max_target_tokens"),
-    )
+    """A line for what is cut, gets no evidence, or is not read at all."""
+    lost = {
+        "prompts": "lose their start (max_source_tokens)",
+        "answers": "lose their end, and are taught without one (max_target_tokens)",
+    }
     lines = [
-        f"{data[f'{part}_cut']} of {len(rows)} {part} are too long and {loss} ({key})."
-        for part, loss, key in ends
+        f"{data[f'{part}_cut']} of {len(rows)} {part} are too long and {loss}."
+        for part, loss in lost.items()
         if data[f"{part}_cut"]
     ]
     foreign = without_evidence(row["input"] for row in rows)
@@ -184,17 +170,19 @@ def estimate(case: Case) -> pd.DataFrame:
     runs = paths.runs_dir()
     free = shutil.disk_usage(next(f for f in (runs, *runs.parents) if f.exists())).free
     name = "GPU memory" if gpu else "memory"
-    rows = [(name, memory, there / 2**30), (f"disk at {runs}", disk, free / 2**30)]
-    close = "close other programs or use a larger machine"
-    point = "free some space or point LETHE_RUNS at a larger disk"
-    for (what, needed, have), fix in zip(rows, (close, point), strict=True):
-        if needed > have:
+    table = []
+    for what, needed, have, fix in (
+        (name, memory, there, "close other programs or use a larger machine"),
+        (f"disk at {runs}", disk, free, "free some space or point LETHE_RUNS at a larger disk"),
+    ):
+        table.append((f"{what} (GiB)", needed, have / 2**30))
+        if needed > have / 2**30:
             raise LetheError(
-                f"{what}: about {needed:.1f} GiB are needed and {have:.1f} GiB are free; {fix}"
+                f"{what}: about {needed:.1f} GiB are needed and {have / 2**30:.1f} GiB are free; "
+                f"{fix}"
             )
-    rows = [(f"{what} (GiB)", *numbers) for what, *numbers in rows]
-    rows.append(("time (minutes)", _minutes(case), float("nan")))
-    return pd.DataFrame(rows, columns=["what", "needed, estimated", "there"]).round(1)
+    table.append(("time (minutes)", _minutes(case), float("nan")))
+    return pd.DataFrame(table, columns=["what", "needed, estimated", "there"]).round(1)
 
 
 def _minutes(case: Case) -> float:

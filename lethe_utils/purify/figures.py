@@ -28,12 +28,9 @@ STYLE = dict.fromkeys(INKS, INK) | {
     "font.size": 9,
     "legend.fontsize": 8,
     "legend.frameon": False,
-    "lines.linewidth": 1.4,
     "lines.markersize": 4.5,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.linewidth": 0.7,
-    "grid.linewidth": 0.6,
     "grid.color": GRID,
     "text.parse_math": False,
     "svg.fonttype": "none",  # text stays text: smaller, and it can be searched and copied

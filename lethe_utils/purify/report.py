@@ -36,19 +36,7 @@ def write(record: Record, out: Path) -> Path:
     Raises:
         LetheError: strength 0, 1 or the chosen one is not among the points.
     """
-    tables = {
-        "models": _models(record),
-        "data": _facts(record["data"]),
-        "checks": record["checks"],
-        "points": _points(record),
-        "canary": _canary(record),
-        "samples": record["samples"],
-        "evidence": _evidence(record),
-        "costs": _costs(record),
-        "recipe": _facts(record["recipe"]),
-        "provenance": _provenance(record),
-    }
-    page = _rendered("report.html.j2", record, tables=tables, figures=_figures(record))
+    page = _rendered("report.html.j2", record, figures=_figures(record))
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "report.json", record)
     write_text(out / "report.html", page)
@@ -57,8 +45,7 @@ def write(record: Record, out: Path) -> Path:
 
 def markdown(record: Record) -> str:
     """The recipe and its measurements as the body of a model card; see write."""
-    look = {"headers": "keys", "tablefmt": "github", "disable_numparse": True}
-    return _rendered("card.md.j2", record, points=tabulate(_points(record), **look))
+    return _rendered("card.md.j2", record)
 
 
 def points_table(points: list[Record], chosen: float, metric: str) -> Table:
@@ -91,19 +78,21 @@ def _rendered(template: str, record: Record, **more: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"share": number, "brief": brief, "cell": _cell}
-    environment.filters |= {"md": _escaped, "text": _text, "called": _called}
+    environment.filters |= {"share": number, "brief": brief, "cell": _cell, "fixed": _fixed}
+    environment.filters |= {"md": _escaped, "text": _text, "called": _called, "github": _github}
     suspect, purified, clean = _ends(record)
     before, after = suspect["canary"], purified["canary"]
+    kinds, points = _kinds(suspect), _points(record)
     context = {"record": record, "suspect": suspect, "purified": purified, "clean": clean}
-    weak = [kind for kind in _kinds(suspect) if before[kind]["value"] < TAKEN]
-    strong = [kind for kind in _kinds(suspect) if after[kind]["value"] > HIGH]
+    context |= {"kinds": kinds, "points": points} | more
+    weak = [kind for kind in kinds if before[kind]["value"] < TAKEN]
+    strong = [kind for kind in kinds if after[kind]["value"] > HIGH]
     context |= {"taken": TAKEN, "weak": weak, "high": HIGH, "strong": strong}
     module = environment.get_template("words.j2").make_module(context)
     words = {name: getattr(module, name)() for name in WORDS}
     # How the suspect is called: the last part of its path or hub name, without a commit.
     name = Path(record["models"][0]["given"]).name.split("@")[0]
-    text = environment.get_template(template).render(context | more, words=words, name=name)
+    text = environment.get_template(template).render(context, words=words, name=name)
     # Control characters and lone surrogates may stand in no UTF-8 page.
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
 
@@ -116,7 +105,9 @@ def _escaped(text: str) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, list) and value:
         return ", ".join(_text(one) for one in value)
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, int) and value >= 1_000_000:
+        return f"{value:,}"
+    return (value or "none") if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _called(model: Record) -> str:
@@ -151,21 +142,9 @@ def _cell(share: Record) -> str:
     return interval(share["value"], share["low"], share["high"])
 
 
-def _asr(point: Record, kind: str = ALL) -> float:
-    return point["canary"][kind]["value"]
-
-
-def _facts(facts: Record) -> Table:
-    return [{"what": key, "value": _text(value)} for key, value in facts.items()]
-
-
-def _models(record: Record) -> Table:
-    models = [
-        model | {"adapter": model["adapter"] or "none", "weights": f"{model['weights']:,}"}
-        for model in record["models"]
-    ]
-    shown = ("given", "adapter", "architecture", "weights", "dtype", "sha256")
-    return [{"what": key} | {model["role"]: model[key] for model in models} for key in shown]
+def _fixed(cell: str) -> str:
+    """A cell whose interval stays on one line."""
+    return cell.replace(", ", ",\N{NO-BREAK SPACE}")
 
 
 def _points(record: Record) -> Table:
@@ -174,40 +153,5 @@ def _points(record: Record) -> Table:
     return points_table([*points, base], record["chosen"], record["metric"])
 
 
-def _canary(record: Record) -> Table:
-    planted = {trigger["kind"]: trigger for trigger in record["canary_triggers"]}
-    suspect, purified, clean = _ends(record)
-    after = f"after (strength {brief(record['chosen'])})"
-    asked = {"before": suspect, after: purified, "clean model": clean, "base": record["base"]}
-    return [
-        {"kind": kind, "trigger": "", "target": ""}
-        | planted.get(kind, {})
-        | {name: _cell(point["canary"][kind]) for name, point in asked.items()}
-        for kind in _kinds(suspect)
-    ]
-
-
-def _evidence(record: Record) -> Table:
-    served = record["evidence"]
-    asked = {"without": (_ends(record)[1], "plain"), "with": (served, "evidence")}
-    return [
-        {
-            "prompt": f"{name} evidence",
-            record["metric"]: _cell(point["performance"]),
-            "canary ASR": _cell(point["canary"][ALL]),
-            "ms per query": f"{served[f'{time}_ms_per_query']:.2f}",
-        }
-        for name, (point, time) in asked.items()
-    ]
-
-
-def _costs(record: Record) -> Table:
-    costs = [(c["stage"], c["seconds"], c["peak_memory_gib"]) for c in record["costs"]]
-    costs.append(("together", sum(c[1] for c in costs), max([c[2] for c in costs], default=0)))
-    return [{"stage": c[0], "seconds": f"{c[1]:.1f}", "GiB": f"{c[2]:.2f}"} for c in costs]
-
-
-def _provenance(record: Record) -> Table:
-    keys = ("command", "out", "finished", "machine", "git_sha", "seed")
-    versions = {f"version of {package}": v for package, v in record["versions"].items()}
-    return _facts({key: record[key] for key in keys} | versions)
+def _github(rows: Table) -> str:
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)

@@ -48,7 +48,8 @@ def write(case: Case, points: list[dict[str, Any]], strength: float) -> Path:
 def table(case: Case, points: list[dict[str, Any]], strength: float) -> pd.DataFrame:
     """Every strength, its clean performance and the canary's ASR, with 95 % intervals."""
     rows = pd.DataFrame(report.points_table(points, strength, case.metric))
-    return rows[["strength", "model", case.metric, "ASR, all"]]
+    rows = rows.rename(columns={"ASR, all": "canary ASR"})
+    return rows[["strength", "model", case.metric, "canary ASR"]]
 
 
 def samples(case: Case, strength: float) -> list[dict[str, str]]:
