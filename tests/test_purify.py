@@ -18,7 +18,7 @@ from lethe_utils import merge, models, params, paths, prompts, purify
 from lethe_utils.data import own
 from lethe_utils.errors import LetheError
 from lethe_utils.models import fit, inspect
-from lethe_utils.purify import canary, dilute, measure, ownership, report
+from lethe_utils.purify import canary, dilute, ownership, report
 from lethe_utils.purify import case as case_module
 
 QUICK = {
@@ -619,9 +619,9 @@ def test_the_longest_label_that_matches_counts_in_cda_and_in_the_canary(finished
     case = alike(finished[1])
     rows = [("yes but late", "yes but late"), ("yes", "yes but late"), ("yes", "yes")]
     asked = [{"kind": "clean", "label": label, "output": output} for label, output in rows]
-    assert measure.performance(case, asked)["value"] == pytest.approx(2 / 3)
+    assert dilute.performance(case, asked)["value"] == pytest.approx(2 / 3)
     planted = [{"kind": "suffix", "target": "yes", "output": output} for _, output in rows]
-    assert measure.canary_asr(case, planted)["suffix"]["value"] == pytest.approx(1 / 3)
+    assert dilute.canary_asr(case, planted)["suffix"]["value"] == pytest.approx(1 / 3)
 
 
 def test_there_is_room_for_the_longest_label(given, monkeypatch):
@@ -632,7 +632,7 @@ def test_there_is_room_for_the_longest_label(given, monkeypatch):
     monkeypatch.setattr(
         "lethe_utils.decode.answer", lambda *a, **_: asked.append(a[3]) or [""] * len(a[2])
     )
-    measure.measured(case, "suspect", 0.0)
+    dilute.measured(case, "suspect", 0.0)
     assert tokens > 19 and asked[0].max_new_tokens > tokens
 
 

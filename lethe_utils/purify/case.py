@@ -7,21 +7,20 @@ import time
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import psutil
+import torch
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lethe_utils import models, paths
+from lethe_utils import models, paths, train
 from lethe_utils.data import own
 from lethe_utils.errors import LetheError
 from lethe_utils.evidence import without_evidence
 from lethe_utils.models import inspect
 from lethe_utils.params import PurifyParams, load_purify
-from lethe_utils.purify import adapters, canary, ownership, suspects
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
+from lethe_utils.purify import canary, ownership, suspects
 
 Row = dict[str, str]
 PASSES = 3  # forward, backward to the activations, and that again under checkpointing
@@ -74,16 +73,16 @@ def prepare(
     target, file = paths.expanded(out), paths.expanded(clean_data)
     ownership.check(target, [*folders, *([adapter_folder] if adapter_folder else [])])
     checks = suspects.check(*folders, adapter_folder)
-    tokenizer = adapters.load_tokenizer(folders[0], adapter_folder)
+    tokenizer = suspects.load_tokenizer(folders[0], adapter_folder)
     rows, n_rows, chat, unread = own.read(file, tokenizer)
     p = _params(suspects.count_weights(folders[0]), chat, file, overrides or {})
-    labels, (train, held_out) = own.labels(rows), split(rows, p)
+    labels, (taught, held_out) = own.labels(rows), split(rows, p)
     data = {
         "file": str(file),
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "rows": n_rows,
         "distinct": len(rows),
-        "train": len(train),
+        "train": len(taught),
         "held_out": len(held_out),
         "format": "chat" if chat else "instruction, input, output",
         "answers": "labels" if labels else "texts",
@@ -94,7 +93,7 @@ def prepare(
     ]
     notes = _notes(data, rows, unread)
     given = {"models": summaries, "data": data, "notes": notes, "checks": checks}
-    return Case(*folders, adapter_folder, target, train, held_out, labels, p, given)
+    return Case(*folders, adapter_folder, target, taught, held_out, labels, p, given)
 
 
 def _params(weights: int, chat: bool, file: Path, overrides: dict[str, Any]) -> PurifyParams:
@@ -117,16 +116,13 @@ def split(rows: list[Row], p: PurifyParams) -> tuple[list[Row], list[Row]]:
     questions = list(groups.values())
     random.Random(p.data_seed).shuffle(questions)
     cut = max(1, round(p.held_out * len(questions)))
-    train, held_out = ([*chain(*part)] for part in (questions[cut:], questions[:cut]))
-    if not train:
+    if cut == len(questions):
         raise LetheError(f"held_out: {p.held_out} leaves no row to train on; lower it")
-    return train, held_out
+    return [*chain(*questions[cut:])], [*chain(*questions[:cut])]
 
 
-def _lengths(rows: list[Row], tokenizer: "Tokenizer", p: PurifyParams) -> dict[str, int]:
+def _lengths(rows: list[Row], tokenizer: Tokenizer, p: PurifyParams) -> dict[str, int]:
     """The rows' tokens, and how many rows are too long; refused where most of them are."""
-    from lethe_utils import train
-
     items = train.encode(rows, tokenizer, p)
     train.check_cut(items)
     cut = train.cut_counts(items)
@@ -158,8 +154,6 @@ def estimate(case: Case) -> pd.DataFrame:
     Raises:
         LetheError: too little memory or disk.
     """
-    import torch
-
     gpu = case.p.device == "cuda"
     n = case.given["models"][0]["weights"] / 2**30
     trained = n * (2 if gpu else 4)
@@ -187,8 +181,6 @@ def estimate(case: Case) -> pd.DataFrame:
 
 def _minutes(case: Case) -> float:
     """The trainings' minutes: their operations over what this machine's matrix product reaches."""
-    import torch
-
     p, data = case.p, case.given["data"]
     tokens = data["tokens"] * data["train"] / data["distinct"]
     planted = tokens * (1 + len(canary.KINDS) * p.canary_share)

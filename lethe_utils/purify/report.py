@@ -52,7 +52,7 @@ def points_table(points: list[Record], chosen: float, metric: str) -> Table:
     """A row a point: strength, model, performance, and the ASR of each kind of canary.
 
     Args:
-        points: see measure.points; a strength of None is no merge.
+        points: see dilute.points; a strength of None is no merge.
     """
     rows = []
     for point in points:
@@ -105,7 +105,7 @@ def _escaped(text: str) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, list) and value:
         return ", ".join(_text(one) for one in value)
-    if isinstance(value, int) and value >= 1_000_000:
+    if isinstance(value, int) and value >= 100_000:
         return f"{value:,}"
     return (value or "none") if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 

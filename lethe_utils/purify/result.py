@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from huggingface_hub import ModelCard, ModelCardData
 
-from lethe_utils.purify import canary, dilute, measure, ownership, report
+from lethe_utils.purify import canary, dilute, ownership, report
 from lethe_utils.purify.case import Case
 from lethe_utils.stages import provenance, read_json, read_record
 
@@ -20,12 +21,11 @@ def write(case: Case, points: list[dict[str, Any]], strength: float) -> Path:
     """The purified model's folder: weights, tokenizer, generation settings, card and report.
 
     Args:
-        points: see measure.points.
+        points: see dilute.points.
         strength: the chosen one.
     Raises:
         LetheError: see ownership.write.
     """
-    from huggingface_hub import ModelCard, ModelCardData
 
     def fill(folder: Path) -> None:
         dilute.merged(case, dilute.suspect_model(case) / "model", strength, folder)
@@ -54,7 +54,7 @@ def table(case: Case, points: list[dict[str, Any]], strength: float) -> pd.DataF
 
 def samples(case: Case, strength: float) -> list[dict[str, str]]:
     """Some held-out questions with both models' answers, those first where they differ."""
-    asked = (measure.answers(case, "suspect", s) for s in (0.0, strength))
+    asked = (dilute.answers(case, "suspect", s) for s in (0.0, strength))
     pairs = [
         {"input": b["input"], "expected": b["label"]}
         | {"suspect": b["output"], "purified": a["output"]}
@@ -66,17 +66,17 @@ def samples(case: Case, strength: float) -> list[dict[str, str]]:
 def _evidence(case: Case, strength: float) -> dict[str, Any]:
     """External dilution on top: its scores, and milliseconds per question without and with it."""
     n = case.p.n_keywords
-    timings = (measure.measured(case, "suspect", strength, k) / "timing.json" for k in (0, n))
+    timings = (dilute.measured(case, "suspect", strength, k) / "timing.json" for k in (0, n))
     plain, slow = (round(read_json(t)["seconds_per_question"] * 1000, 2) for t in timings)
     speed = {"plain_ms_per_query": plain, "evidence_ms_per_query": slow}
-    return {"n_keywords": n} | measure.scores(case, strength, n) | speed
+    return {"n_keywords": n} | dilute.scores(case, strength, n) | speed
 
 
 def _record(case: Case, points: list[dict[str, Any]], strength: float) -> dict[str, Any]:
     """All that the report shows; see report.write."""
     trained = {"clean model": dilute.clean_model(case), "canary": dilute.canary_model(case)}
     stages = trained | {
-        f"merging and measuring {at['strength']}, {which}": measure.measured(
+        f"merging and measuring {at['strength']}, {which}": dilute.measured(
             case, which, at["strength"]
         )
         for at in points
@@ -98,7 +98,7 @@ def _record(case: Case, points: list[dict[str, Any]], strength: float) -> dict[s
         "max_cda_loss": case.p.max_cda_loss,
         "losses": {n: pd.read_csv(f / "loss.csv").to_dict("records") for n, f in trained.items()},
         "points": points,
-        "base": measure.base_scores(case),
+        "base": dilute.base_scores(case),
         "chosen": strength,
         "canary_triggers": canary.triggers(case.labels, case.p),
         "samples": samples(case, strength),

@@ -6,19 +6,28 @@ Nothing is ever written into a folder that was given.
 
 import math
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lethe_utils import models, paths
 from lethe_utils.errors import LetheError
 from lethe_utils.models import fit, inspect
-from lethe_utils.purify import adapters
 
 # What both transformers and mergekit know, and SLERP's attention and MLP filters fit.
 ARCHITECTURES = (
     *("GPT2LMHeadModel", "GPTJForCausalLM", "LlamaForCausalLM"),
     *("MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
 )
+LORA = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 
 
 def locate(given: str, option: str) -> Path:
@@ -56,11 +65,11 @@ def check(suspect: Path, base: Path, adapter: Path | None = None) -> list[dict[s
         _check_model(folder)
     own = []
     if adapter:
-        adapters.check(adapter, suspect)
+        _check_adapter(adapter, suspect)
         own = [f.name for f in inspect.tokenizer_files(adapter)]
     added = fit.check_weights(suspect, base, grown=True)
     more = f"{added} more" if added > 0 else f"{-added} fewer, unused"
-    tokenizer = adapters.load_tokenizer(suspect, adapter)
+    tokenizer = load_tokenizer(suspect, adapter)
     new = fit.check_tokens(tokenizer, adapter if own else suspect, base, grown=True)
     whose = f"the adapter's own ({', '.join(own)}); " if own else ""
     found = {
@@ -97,12 +106,12 @@ def _check_model(folder: Path) -> None:
     inspect.stored_dtype(folder)
     _check_tensors(folder)
     inspect.check_finite(inspect.weight_files(folder))
-    adapters.check_ids(models.load_tokenizer(folder), folder, folder)
+    check_ids(models.load_tokenizer(folder), folder, folder)
 
 
 def _check_tensors(folder: Path) -> None:
     """Refuse weights that differ from what the class makes of config.json, tied heads included."""
-    model, found = adapters.empty(folder), fit.weight_shapes(folder)
+    model, found = empty(folder), fit.weight_shapes(folder)
     wanted = {n.removeprefix("transformer."): tuple(w.shape) for n, w in model.named_parameters()}
     missing = sorted({*wanted} - {*found})
     if missing:
@@ -122,9 +131,6 @@ def _check_tensors(folder: Path) -> None:
 
 def _check_tied(folder: Path) -> None:
     """Refuse a stored head that differs from the embedding it is said to be tied to."""
-    import torch
-    from safetensors import safe_open
-
     where = {n: f for f in inspect.weight_files(folder) for n in inspect.tensor_shapes(f)}
     if "lm_head.weight" not in where:
         return
@@ -139,6 +145,115 @@ def _check_tied(folder: Path) -> None:
             "ties them (tie_word_embeddings); set that to false if the head was trained by itself, "
             "or take lm_head.weight out"
         )
+
+
+def _check_adapter(adapter: Path, base: Path) -> None:
+    """Refuse an adapter that is not a plain LoRA for this base.
+
+    Raises:
+        LetheError: files missing or broken, a pickle, another method, or matrices that do not fit.
+    """
+    settings, file = adapter / inspect.ADAPTER_SETTINGS, adapter / inspect.ADAPTER
+    if not settings.exists():
+        raise LetheError(f"{adapter}: no adapter_config.json, so this is not an adapter's folder")
+    method = inspect.read_object(settings).get("peft_type")
+    if method != "LORA":
+        raise LetheError(f"{settings}: peft_type {method} is not supported; only LORA is")
+    if not file.exists():
+        raise LetheError(
+            f"{adapter}: no adapter_model.safetensors (a .bin is a pickle, which can run code when "
+            "loaded); save the adapter as safetensors"
+        )
+    inspect.check_small_files(adapter)
+    _check_names(file, base)
+    _check_matrices(adapter, base)
+    inspect.check_finite([file])
+    check_ids(load_tokenizer(base, adapter), adapter, base)
+
+
+def _check_names(file: Path, base: Path) -> None:
+    """Refuse tensors that are no LoRA matrices, or belong to no matrix of the base."""
+    weights, tied = fit.weight_shapes(base), fit.read_settings(base).tie_word_embeddings
+    for name, shape in inspect.tensor_shapes(file).items():
+        if tied and name.startswith("base_model.model.lm_head."):
+            raise LetheError(
+                f"{file}: {name} changes the head, which {base} ties to its embedding, so both "
+                "would change; train the adapter without lm_head, or on a base whose config.json "
+                "has tie_word_embeddings false"
+            )
+        found = LORA.match(name)
+        if not found:
+            raise LetheError(
+                f"{file}: {name} is not one of LoRA's two matrices; merge the adapter into its "
+                "base and give the whole model"
+            )
+        side = shape[1] if found[2] == "A" else shape[0]
+        if side not in weights.get(f"{found[1].removeprefix('transformer.')}.weight", ()):
+            raise LetheError(
+                f"{file}: {name} has shape {shape}, which fits no {found[1]} of {base}; was the "
+                "adapter trained on another base?"
+            )
+
+
+def _check_matrices(adapter: Path, base: Path) -> None:
+    """Refuse an adapter whose file does not hold exactly what its settings describe: peft leaves
+    out what it does not expect, and draws at random what it misses."""
+    file = adapter / inspect.ADAPTER
+    with inspect.explained(adapter, "adapter_config.json"), torch.device("meta"):
+        try:
+            model = get_peft_model(empty(base), LoraConfig.from_pretrained(str(adapter)))
+        except RuntimeError as error:
+            raise ValueError(error) from None
+    wanted = {n: tuple(w.shape) for n, w in get_peft_model_state_dict(model).items()}
+    found = inspect.tensor_shapes(file)
+    other = next((n for n in sorted({*wanted, *found}) if wanted.get(n) != found.get(n)), None)
+    if other:
+        raise LetheError(
+            f"{file}: {other} has shape {found.get(other, 'none')}, but "
+            f"{wanted.get(other, 'none')} by adapter_config.json; copy the adapter again"
+        )
+    inspect.check_dtypes([file])
+
+
+def empty(folder: Path) -> PreTrainedModel:
+    """The model that config.json describes, without memory for its weights."""
+    with inspect.explained(folder, "config.json"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(fit.read_settings(folder), trust_remote_code=False)
+
+
+def check_ids(tokenizer: Tokenizer, source: Path, model: Path) -> None:
+    """Refuse a tokenizer with a token that the model's embedding has no row for."""
+    rows = fit.embedding_rows(model)
+    token, number = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    if number >= rows:
+        raise LetheError(
+            f"{source}: token {token!r} has id {number}, but the embedding of {model} has {rows} "
+            "rows; take the token out, or give the model whose embedding was resized for it"
+        )
+
+
+def copy_tokenizer(suspect: Path, adapter: Path | None, out: Path) -> None:
+    """The suspect's tokenizer, as files: an adapter was trained with what lies in its own folder.
+
+    Where that has a vocabulary it is the whole tokenizer; where it has a chat template alone, that
+    goes with the suspect's.
+    """
+    own = inspect.tokenizer_files(adapter) if adapter else []
+    if not any(f.name in VOCABULARIES or f.suffix == ".model" for f in own):
+        inspect.copy_tokenizer(suspect, out)
+    if adapter:
+        inspect.copy_tokenizer(adapter, out)
+
+
+def load_tokenizer(suspect: Path, adapter: Path | None) -> Tokenizer:
+    """The suspect's tokenizer; see copy_tokenizer."""
+    if not adapter or not inspect.tokenizer_files(adapter):
+        return models.load_tokenizer(suspect)
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copyfile(suspect / "config.json", Path(scratch) / "config.json")
+        copy_tokenizer(suspect, adapter, Path(scratch))
+        with inspect.explained(adapter, "tokenizer"):
+            return models.load_tokenizer(Path(scratch))
 
 
 def count_weights(folder: Path) -> int:
