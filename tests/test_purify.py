@@ -618,10 +618,11 @@ def alike(case):
 def test_the_longest_label_that_matches_counts_in_cda_and_in_the_canary(finished):
     case = alike(finished[1])
     rows = [("yes but late", "yes but late"), ("yes", "yes but late"), ("yes", "yes")]
-    asked = [{"kind": "clean", "label": label, "output": output} for label, output in rows]
-    assert dilute.performance(case, asked)["value"] == pytest.approx(2 / 3)
-    planted = [{"kind": "suffix", "target": "yes", "output": output} for _, output in rows]
-    assert dilute.canary_asr(case, planted)["suffix"]["value"] == pytest.approx(1 / 3)
+    asked = [{"kind": "clean", "label": a, "target": "", "output": b} for a, b in rows]
+    asked += [{"kind": "suffix", "label": "no", "target": "yes", "output": b} for _, b in rows]
+    found = dilute.scored(case, asked)
+    assert found["performance"]["value"] == pytest.approx(2 / 3)
+    assert found["canary"]["suffix"]["value"] == pytest.approx(1 / 3) and "all" in found["canary"]
 
 
 def test_there_is_room_for_the_longest_label(given, monkeypatch):

@@ -75,9 +75,16 @@ def prepare(
     checks = suspects.check(*folders, adapter_folder)
     tokenizer = suspects.load_tokenizer(folders[0], adapter_folder)
     rows, n_rows, chat, unread = own.read(file, tokenizer)
-    p = _params(suspects.count_weights(folders[0]), chat, file, overrides or {})
+    given = {
+        "models": [
+            suspects.summary("suspect", suspect, folders[0], adapter),
+            suspects.summary("base", base, folders[1]),
+        ],
+        "checks": checks,
+    }
+    p = _params(given["models"][0]["weights"], chat, overrides or {}, file)
     labels, (taught, held_out) = own.labels(rows), split(rows, p)
-    data = {
+    given["data"] = {
         "file": str(file),
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "rows": n_rows,
@@ -87,16 +94,11 @@ def prepare(
         "format": "chat" if chat else "instruction, input, output",
         "answers": "labels" if labels else "texts",
     } | _lengths(rows, tokenizer, p)
-    summaries = [
-        suspects.summary("suspect", suspect, folders[0], adapter),
-        suspects.summary("base", base, folders[1]),
-    ]
-    notes = _notes(data, rows, unread)
-    given = {"models": summaries, "data": data, "notes": notes, "checks": checks}
+    given["notes"] = _notes(given["data"], rows, unread)
     return Case(*folders, adapter_folder, target, taught, held_out, labels, p, given)
 
 
-def _params(weights: int, chat: bool, file: Path, overrides: dict[str, Any]) -> PurifyParams:
+def _params(weights: int, chat: bool, overrides: dict[str, Any], file: Path) -> PurifyParams:
     device = models.resolve_device(overrides.get("device", "auto"))
     p = load_purify(weights, device, overrides | ({"prompt_template": "chat"} if chat else {}))
     if p.prompt_template == "chat" and not chat:
@@ -105,11 +107,7 @@ def _params(weights: int, chat: bool, file: Path, overrides: dict[str, Any]) -> 
 
 
 def split(rows: list[Row], p: PurifyParams) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows; no question of one is in the other.
-
-    Raises:
-        LetheError: no row is left to train on.
-    """
+    """Training and held-out rows; no question of one is in the other."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["instruction"], row["input"]), []).append(row)
@@ -147,10 +145,8 @@ def _notes(data: dict[str, Any], rows: list[Row], unread: list[str]) -> list[str
 
 
 def estimate(case: Case) -> pd.DataFrame:
-    """Memory, disk and time, before anything starts.
+    """Memory, disk and time (GiB, minutes): a row each of what, needed, there.
 
-    Returns:
-        one row each: what, needed, there (GiB; minutes have no `there`).
     Raises:
         LetheError: too little memory or disk.
     """

@@ -123,13 +123,9 @@ def canary_model(case: Case) -> Path:
 
 
 def merged(case: Case, parent: Path, strength: float, out: Path) -> Path:
-    """Merge the suspect, or its copy with the canary, with the clean model, in the suspect's dtype.
-
-    Args:
-        parent: its model/.
-    """
+    """Merge model/ of the suspect, or of its copy with the canary, with the clean model, in the
+    suspect's dtype."""
     clean, base = clean_model(case) / "model", base_model(case) / "model"
-    # As transformers read it: a config that was given may name no dtype.
     dtype = inspect.stored_dtype(suspect_model(case) / "model")
     return merge.merge(case.p.merge_method, parent, clean, base, strength, out, out_dtype=dtype)
 
@@ -140,7 +136,7 @@ def suspect_performance(case: Case) -> Score:
     Raises:
         LetheError: it is near zero, or no more than may be lost: every strength would keep it.
     """
-    own = performance(case, answers(case, "suspect", 0.0))
+    own = scored(case, answers(case, "suspect", 0.0))["performance"]
     least = max(NEAR_ZERO, case.p.max_cda_loss)
     if own["value"] <= least and case.p.max_cda_loss < 1:
         raise LetheError(
@@ -153,11 +149,7 @@ def suspect_performance(case: Case) -> Score:
 
 def points(case: Case) -> list[dict[str, Any]]:
     """Every strength's strength, model and `scores`: 0 is the suspect (and its copy with the
-    canary), 1 the clean model alone; both are controls.
-
-    Raises:
-        LetheError: see suspect_performance.
-    """
+    canary), 1 the clean model alone; both are controls. Raises: see suspect_performance."""
     suspect_performance(case)
     strengths = Bar([0.0, *sorted({*case.p.strengths}), 1.0], desc="measuring strengths")
     names = {0.0: "suspect", 1.0: "clean model"}
@@ -173,10 +165,8 @@ def choose(case: Case, measured_points: list[dict[str, Any]]) -> float:
     Raises:
         LetheError: none does.
     """
-    own = measured_points[0]["performance"]["value"]
-    tried = {
-        m["strength"]: m["performance"]["value"] for m in measured_points if 0 < m["strength"] < 1
-    }
+    found = {point["strength"]: point["performance"]["value"] for point in measured_points}
+    own, tried = found[0], {s: value for s, value in found.items() if 0 < s < 1}
     least = own - case.p.max_cda_loss - 1e-9  # .98 - .02 is a little more than .96
     kept = [strength for strength, value in tried.items() if value >= least]
     if kept:
@@ -190,15 +180,25 @@ def choose(case: Case, measured_points: list[dict[str, Any]]) -> float:
 
 
 def scores(case: Case, strength: float, n_keywords: int = 0) -> dict[str, Any]:
-    """Clean performance, and the canary's ASR (for each kind of trigger, and all)."""
-    clean, triggered = (answers(case, m, strength, n_keywords) for m in ("suspect", "canary"))
-    return {"performance": performance(case, clean), "canary": canary_asr(case, triggered)}
+    """Clean performance and the canary's ASR at a strength; see scored."""
+    asked = (answers(case, which, strength, n_keywords) for which in ("suspect", "canary"))
+    return scored(case, sum(asked, []))
 
 
-def base_scores(case: Case) -> dict[str, Any]:
-    """The base model's scores: the floor, for it has seen neither the rows nor the canary."""
-    asked = answers(case, "base", 0.0)
-    return {"performance": performance(case, asked), "canary": canary_asr(case, asked)}
+def scored(case: Case, answers: list[Answer]) -> dict[str, Any]:
+    """Clean performance, and the canary's ASR (for each kind of trigger, and all).
+
+    For texts each row counts as one trial, which keeps the interval wide.
+    """
+    known, hits = _expected(case), {}
+    for a in answers:
+        said = metrics.says(a["output"], a["target"] or a["label"], known)
+        hits.setdefault(a["kind"], []).append(a.get("right", said))
+    clean = hits.pop("clean")
+    if hits:
+        hits["all"] = sum(hits.values(), [])
+    asr = {kind: _score(some) for kind, some in hits.items()}
+    return {"performance": _score(clean), "canary": asr}
 
 
 def answers(case: Case, which: str, strength: float, n_keywords: int = 0) -> list[Answer]:
@@ -271,25 +271,6 @@ def ask(
         for answer, share in zip(answers, shares, strict=False):
             answer["right"] = share
     return answers, seconds
-
-
-def performance(case: Case, answers: list[Answer]) -> Score:
-    """Clean performance. For texts each row counts as one trial, which keeps the interval wide."""
-    clean, known = [a for a in answers if a["kind"] == "clean"], _expected(case)
-    if case.labels:
-        return _score([metrics.says(a["output"], a["label"], known) for a in clean])
-    return _score([a["right"] for a in clean])
-
-
-def canary_asr(case: Case, answers: list[Answer]) -> dict[str, Score]:
-    """The canary's ASR for each kind of trigger, and over all of them."""
-    known = _expected(case)
-    hits: dict[str, list[float]] = {kind: [] for kind in canary.KINDS}
-    for a in answers:
-        if a["kind"] in hits:
-            hits[a["kind"]].append(metrics.says(a["output"], a["target"], known))
-    hits["all"] = sum(hits.values(), [])
-    return {kind: _score(some) for kind, some in hits.items() if some}
 
 
 def _expected(case: Case) -> list[str]:

@@ -41,18 +41,10 @@ DASHES = [(4, 1), (1, 1), (4, 1, 1, 1)]
 
 
 def draw(record: Record, kinds: list[str], chosen: Record) -> dict[str, Markup]:
-    """The figures `curve` and `losses`.
-
-    Args:
-        record: see report.write.
-        kinds: of the canary's triggers, each a line of its own.
-        chosen: the point of the chosen strength.
-    """
+    """The figures `curve` (with a line for each of the canary's kinds) and `losses`."""
     with matplotlib.rc_context(STYLE):
-        return {
-            "curve": _svg("curve", _curve(record, kinds, chosen)),
-            "losses": _svg("losses", _losses(record)),
-        }
+        drawn = {"curve": _curve(record, kinds, chosen), "losses": _losses(record)}
+        return {name: _svg(name, figure) for name, figure in drawn.items()}
 
 
 def _svg(name: str, figure: Figure) -> Markup:

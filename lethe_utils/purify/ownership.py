@@ -54,13 +54,8 @@ def _signed(folder: Path) -> dict[str, str]:
 
 
 def check(out: Path, read_only: Iterable[Path] = ()) -> None:
-    """Refuse a folder that a result cannot be written to, or that holds what is not ours.
-
-    Args:
-        read_only: folders that it must not lie in.
-    Raises:
-        LetheError: naming what stands in the way.
-    """
+    """Refuse a folder that a result cannot be written to, that holds what is not ours, or that lies
+    in one that is only read."""
     for folder in read_only:
         if folder in (out, *out.parents):
             raise LetheError(f"--out {out}: lies inside {folder}, which is never written to")
@@ -83,7 +78,7 @@ def write(out: Path, fill: Callable[[Path], None]) -> None:
     """Make a folder whole or not at all, in the place of an earlier result of ours or of nothing.
 
     Args:
-        fill: fills and signs the folder it is called with, which does not exist yet.
+        fill: makes, fills and signs the folder it is called with.
     Raises:
         LetheError: somebody put something there meanwhile.
     """

@@ -6,6 +6,7 @@ page's own policy allows neither scripts nor requests.
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,11 @@ def _rendered(template: str, record: Record, **more: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"share": number, "brief": brief, "cell": _cell, "fixed": _fixed}
-    environment.filters |= {"md": _escaped, "text": _text, "called": _called, "github": _github}
+    environment.filters |= {"share": number, "brief": brief, "cell": _cell, "text": _text}
+    # An interval stays on one line.
+    environment.filters["fixed"] = lambda cell: cell.replace(", ", ",\N{NO-BREAK SPACE}")
+    look = {"headers": "keys", "tablefmt": "github", "disable_numparse": True}
+    environment.filters |= {"md": _escaped, "called": _called, "table": partial(tabulate, **look)}
     suspect, purified, clean = _ends(record)
     before, after = suspect["canary"], purified["canary"]
     kinds, points = _kinds(suspect), _points(record)
@@ -142,16 +146,7 @@ def _cell(share: Record) -> str:
     return interval(share["value"], share["low"], share["high"])
 
 
-def _fixed(cell: str) -> str:
-    """A cell whose interval stays on one line."""
-    return cell.replace(", ", ",\N{NO-BREAK SPACE}")
-
-
 def _points(record: Record) -> Table:
     points = sorted(record["points"], key=lambda point: point["strength"])
     base = record["base"] | {"strength": None, "model": "base"}
     return points_table([*points, base], record["chosen"], record["metric"])
-
-
-def _github(rows: Table) -> str:
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)

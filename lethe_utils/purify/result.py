@@ -1,5 +1,6 @@
 """What a purification leaves: the purified model's folder, its card, and the record of the run."""
 
+import re
 import shlex
 import shutil
 import sys
@@ -20,9 +21,6 @@ GENERATION = "generation_config.json"  # copied as it was given: a server reads 
 def write(case: Case, points: list[dict[str, Any]], strength: float) -> Path:
     """The purified model's folder: weights, tokenizer, generation settings, card and report.
 
-    Args:
-        points: see dilute.points.
-        strength: the chosen one.
     Raises:
         LetheError: see ownership.write.
     """
@@ -34,9 +32,9 @@ def write(case: Case, points: list[dict[str, Any]], strength: float) -> Path:
             shutil.copyfile(settings[0] / GENERATION, folder / GENERATION)
         record = _record(case, points, strength)
         report.write(record, folder)
-        base, _, commit = case.given["models"][1]["given"].partition("@")
         # A local path is nobody's business.
-        data = ModelCardData(library_name="transformers", base_model=base if commit else None)
+        hub = re.fullmatch(r"(.+)@[0-9a-f]{40}", case.given["models"][1]["given"])
+        data = ModelCardData(library_name="transformers", base_model=hub[1] if hub else None)
         card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{report.markdown(record)}")
         card.save(folder / "README.md")
         ownership.sign(folder, record)
@@ -76,10 +74,8 @@ def _record(case: Case, points: list[dict[str, Any]], strength: float) -> dict[s
     """All that the report shows; see report.write."""
     trained = {"clean model": dilute.clean_model(case), "canary": dilute.canary_model(case)}
     stages = trained | {
-        f"merging and measuring {at['strength']}, {which}": dilute.measured(
-            case, which, at["strength"]
-        )
-        for at in points
+        f"merging and measuring {s}, {which}": dilute.measured(case, which, s)
+        for s in (point["strength"] for point in points)
         for which in ("suspect", "canary")
     }
     costs = [
@@ -98,7 +94,7 @@ def _record(case: Case, points: list[dict[str, Any]], strength: float) -> dict[s
         "max_cda_loss": case.p.max_cda_loss,
         "losses": {n: pd.read_csv(f / "loss.csv").to_dict("records") for n, f in trained.items()},
         "points": points,
-        "base": dilute.base_scores(case),
+        "base": dilute.scored(case, dilute.answers(case, "base", 0.0)),
         "chosen": strength,
         "canary_triggers": canary.triggers(case.labels, case.p),
         "samples": samples(case, strength),

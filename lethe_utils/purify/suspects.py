@@ -33,13 +33,12 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 def locate(given: str, option: str) -> Path:
     """A model's folder: a local one, or the hub's at a commit (name@sha), fetched once.
 
-    Args:
-        option: the command line's name for it, for the error.
     Raises:
-        LetheError: neither, or the download failed.
+        LetheError: neither (naming the option), or the download failed.
     """
-    if paths.expanded(given).is_dir():
-        return paths.expanded(given)
+    folder = paths.expanded(given)
+    if folder.is_dir():
+        return folder
     hub = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@([0-9a-f]{40})", given)
     if not hub:
         raise LetheError(
@@ -69,15 +68,14 @@ def check(suspect: Path, base: Path, adapter: Path | None = None) -> list[dict[s
         own = [f.name for f in inspect.tokenizer_files(adapter)]
     added = fit.check_weights(suspect, base, grown=True)
     more = f"{added} more" if added > 0 else f"{-added} fewer, unused"
+    shapes = f"the same, but for {more} rows for tokens" if added else "the same in every tensor"
     tokenizer = load_tokenizer(suspect, adapter)
     new = fit.check_tokens(tokenizer, adapter if own else suspect, base, grown=True)
     whose = f"the adapter's own ({', '.join(own)}); " if own else ""
     found = {
         "architecture": f"both {inspect.architecture(suspect)}",
         "settings": "the same heads, positions, norms and activation",
-        "shapes": f"the same, but for {more} rows for tokens"
-        if added
-        else "the same in every tensor",
+        "shapes": shapes,
         "tokenizer": f"{whose}the same ids; the suspect adds {new} tokens",
         "weights": "safetensors, whole, finite, no code, no pickle",
     } | ({"adapter": "LoRA, and it fits the suspect"} if adapter else {})
@@ -95,12 +93,9 @@ def _check_model(folder: Path) -> None:
             f"{settings}: the weights are quantised; merging needs them as they were trained "
             "(float32, float16 or bfloat16)"
         )
-    name = inspect.architecture(folder)
+    name, known = inspect.architecture(folder), ", ".join(ARCHITECTURES)
     if name not in ARCHITECTURES:
-        raise LetheError(
-            f"{settings}: architecture {name} is not supported; one of "
-            f"{', '.join(ARCHITECTURES)} is"
-        )
+        raise LetheError(f"{settings}: architecture {name} is not supported; one of {known} is")
     if not inspect.tokenizer_files(folder):
         raise LetheError(f"{folder}: no tokenizer files; copy them from where the model came from")
     inspect.stored_dtype(folder)
@@ -148,11 +143,7 @@ def _check_tied(folder: Path) -> None:
 
 
 def _check_adapter(adapter: Path, base: Path) -> None:
-    """Refuse an adapter that is not a plain LoRA for this base.
-
-    Raises:
-        LetheError: files missing or broken, a pickle, another method, or matrices that do not fit.
-    """
+    """Refuse an adapter that is not a plain LoRA for this base."""
     settings, file = adapter / inspect.ADAPTER_SETTINGS, adapter / inspect.ADAPTER
     if not settings.exists():
         raise LetheError(f"{adapter}: no adapter_config.json, so this is not an adapter's folder")
@@ -256,20 +247,14 @@ def load_tokenizer(suspect: Path, adapter: Path | None) -> Tokenizer:
             return models.load_tokenizer(Path(scratch))
 
 
-def count_weights(folder: Path) -> int:
-    """How many trained weights a model has."""
-    return sum(map(math.prod, fit.weight_shapes(folder).values()))
-
-
 def summary(role: str, given: str, folder: Path, adapter: str = "") -> dict[str, Any]:
-    """What was given, for the report: role, given, adapter, architecture, weights (how many),
-    dtype, sha256."""
+    """What was given, for the report; weights are how many."""
     return {
         "role": role,
         "given": given,
         "adapter": adapter,
         "architecture": inspect.architecture(folder),
-        "weights": count_weights(folder),
+        "weights": sum(map(math.prod, fit.weight_shapes(folder).values())),
         "dtype": inspect.stored_dtype(folder),
         "sha256": inspect.fingerprint(folder),
     }
