@@ -10,12 +10,8 @@ from lethe_utils.stages import write_jsonl
 
 
 def given() -> dict[str, str]:
-    """The default run's CBA model and its base, both made where they are missing, with 800 rows
-    that neither attacker nor base has seen.
-
-    Returns:
-        suspect, base, clean_data and out, as paths.
-    """
+    """The suspect and its base, both made where they are missing, clean_data (800 rows that neither
+    attacker nor base has seen) and out, as paths."""
     p = params.load()
     folder = paths.runs_dir() / "example"
     folder.mkdir(parents=True, exist_ok=True)

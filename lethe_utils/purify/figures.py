@@ -4,17 +4,15 @@ import io
 import re
 from collections.abc import Callable
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lethe_utils.purify.report import brief
 from lethe_utils.tables import number
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Record = dict[str, Any]
 # What is drawn with -> the page's variable, so that one figure serves its light and its dark look.
@@ -66,10 +64,10 @@ def _curve(record: Record, kinds: list[str], chosen: Record) -> Figure:
     figure = Figure(figsize=(7, 5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
 
-    def dashed(ax: "Axes", y: float, name: str) -> None:
+    def dashed(ax: Axes, y: float, name: str) -> None:
         ax.axhline(y, ls="--", lw=1.1, color=INK, label=f"{name} ({number(y)})")
 
-    def line(ax: "Axes", share: Callable[[Record], Record], **look: Any) -> None:
+    def line(ax: Axes, share: Callable[[Record], Record], **look: Any) -> None:
         shares = [share(point) for point in points]
         y = [s["value"] for s in shares]
         # A bound that is off by a rounding error is no distance.
