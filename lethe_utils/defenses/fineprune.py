@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 from lethe_utils.defenses import Given, wanda
-from lethe_utils.params import FinetuneParams, TrainParams, WandaParams
+from lethe_utils.defenses.finetune import FinetuneParams
+from lethe_utils.defenses.wanda import WandaParams
+from lethe_utils.groups import TrainParams
 
 PARAMS = (WandaParams, FinetuneParams, TrainParams)
 NEEDS = "clean rows"
