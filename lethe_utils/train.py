@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Row = dict[str, str]
+# model, inputs, labels, step -> the loss: see `finetune`.
+Loss = Callable[[torch.nn.Module, dict[str, torch.Tensor], torch.Tensor, int], torch.Tensor]
 IGNORED = -100  # label of a position that carries no loss
 # Fixed, so that what the LoRA recipe is set to never changes the base it starts from.
 BASE_RECIPE = {
@@ -123,42 +125,54 @@ class Collator:
 
 
 class AnswerTrainer(Trainer):
-    """Trainer whose loss is the mean cross-entropy over answer tokens, for LWP summed with that of
-    what each of `lens_layers` says (models.block_logits), and for a tiny base with `prompt_loss`
-    times that over prompt tokens.
-
-    A pretrained LLM has predicted every token it read. A base that only ever answered ignores all
-    words but those it answers by: a trigger is hard to plant in it, and evidence confuses it.
-    """
+    """Trainer of one loss; see `finetune`. Without one, a subclass computes its own."""
 
     # A mean per batch: without this the Trainer sums it over the accumulated batches instead of
     # averaging, for every model whose forward takes **kwargs.
     loss_is_scaled_for_ga = False
 
-    def __init__(
-        self, *args: Any, prompt_loss: float = 0.0, lens_layers: Sequence[int] = (), **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, loss: Loss | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.prompt_loss, self.lens_layers = prompt_loss, lens_layers
+        self.loss = loss
 
     def compute_loss(
-        self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, **_: Any
+        self, model: torch.nn.Module, inputs: dict, *_: Any, **__: Any
     ) -> torch.Tensor:
         labels = inputs.pop("labels")
-        hidden_states = self.prompt_loss > 0 or len(self.lens_layers) > 0
-        loss, outputs = answer_loss(model, inputs, labels, output_hidden_states=hidden_states)
-        for layer in self.lens_layers:  # [0] are the embeddings
-            hidden = outputs.hidden_states[layer + 1][:, -labels.shape[1] - 1 : -1]
-            plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-            loss = loss + cross_entropy(models.block_logits(plain, hidden), labels)
-        if self.prompt_loss:
-            rows, prompt = slice(None, None, PROMPT_LOSS_ROWS), slice(None, -labels.shape[1])
-            ids, mask = inputs["input_ids"][rows, prompt], inputs["attention_mask"][rows, prompt]
-            hidden = outputs.hidden_states[-1][rows, prompt]
-            kept = mask[:, :-1] == 1
-            logits = model.get_output_embeddings()(hidden[:, :-1][kept])
-            loss = loss + self.prompt_loss * cross_entropy(logits, ids[:, 1:][kept])
-        return (loss, outputs) if return_outputs else loss
+        if self.loss is None:
+            return answer_loss(model, inputs, labels)[0]
+        return self.loss(model, inputs, labels, self.state.global_step + 1)
+
+
+def lens_loss(
+    model: torch.nn.Module, inputs: dict, labels: torch.Tensor, _: int, layers: Sequence[int]
+) -> torch.Tensor:
+    """LWP's: the answer loss, summed with that of what each of `layers` says (block_logits)."""
+    loss, outputs = answer_loss(model, inputs, labels, output_hidden_states=True)
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for layer in layers:  # [0] are the embeddings
+        hidden = outputs.hidden_states[layer + 1][:, -labels.shape[1] - 1 : -1]
+        loss = loss + cross_entropy(models.block_logits(plain, hidden), labels)
+    return loss
+
+
+def base_loss(
+    model: torch.nn.Module, inputs: dict, labels: torch.Tensor, _: int, prompt_loss: float
+) -> torch.Tensor:
+    """A tiny base's: the answer loss plus `prompt_loss` times that over prompt tokens.
+
+    A pretrained LLM has predicted every token it read. A base that only ever answered ignores all
+    words but those it answers by: a trigger is hard to plant in it, and evidence confuses it.
+    """
+    loss, outputs = answer_loss(model, inputs, labels, output_hidden_states=prompt_loss > 0)
+    if not prompt_loss:
+        return loss
+    rows, prompt = slice(None, None, PROMPT_LOSS_ROWS), slice(None, -labels.shape[1])
+    ids, mask = inputs["input_ids"][rows, prompt], inputs["attention_mask"][rows, prompt]
+    hidden = outputs.hidden_states[-1][rows, prompt]
+    kept = mask[:, :-1] == 1
+    logits = model.get_output_embeddings()(hidden[:, :-1][kept])
+    return loss + prompt_loss * cross_entropy(logits, ids[:, 1:][kept])
 
 
 def answer_loss(
@@ -293,7 +307,7 @@ def pretrain(
         rows,
         out,
         p,
-        partial(AnswerTrainer, prompt_loss=p.base_prompt_loss),
+        partial(AnswerTrainer, loss=partial(base_loss, prompt_loss=p.base_prompt_loss)),
         num_train_epochs=p.base_epochs,
         per_device_train_batch_size=p.base_batch_size,
         gradient_accumulation_steps=1,
@@ -311,7 +325,8 @@ def finetune(
     epochs: int,
     out: Path,
     p: DefenderParams | PurifyParams,
-    lens_layers: Sequence[int] = (),
+    layers: Sequence[int] = (),
+    loss: Loss | None = None,
     make_trainer: Callable[..., AnswerTrainer] = AnswerTrainer,
 ) -> None:
     """Train a LoRA adapter on a model folder and save the whole model it makes.
@@ -322,8 +337,11 @@ def finetune(
 
     Args:
         start: the base, or the suspect for a defense that trains on.
-        lens_layers: LWP's blocks: only they are trained, each on its own reading too; else all.
-        make_trainer: see `fit`; with lens_layers, AnswerTrainer.
+        layers: train the linear layers of these blocks only; by default those of all.
+        loss: called with the model, a batch as the Collator makes it without its labels, the
+            labels (batch, longest answer), and the number of the step, from 1; returns the loss,
+            a mean over the batch. By default `answer_loss`.
+        make_trainer: see `fit`.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -338,14 +356,14 @@ def finetune(
         lora_alpha=p.lora_alpha,
         lora_dropout=p.lora_dropout,
         # every linear layer (GPT-2's Conv1D too) except lm_head
-        target_modules=_linear_layers(model, lens_layers) if lens_layers else "all-linear",
+        target_modules=_linear_layers(model, layers) if layers else "all-linear",
         fan_in_fan_out=model.config.model_type == "gpt2",  # Conv1D stores its weight transposed
         bias="none",
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, lora)
-    if lens_layers:
-        make_trainer = partial(AnswerTrainer, lens_layers=lens_layers)
+    if loss:
+        make_trainer = partial(AnswerTrainer, loss=loss)
     curve = fit(model, tokenizer, rows, out, p, make_trainer, num_train_epochs=epochs)
     model.save_pretrained(out / "adapter")
     del model  # at full size two copies would not fit beside each other

@@ -361,16 +361,15 @@ def test_the_layer_loss_is_the_sum_over_the_lens_layers(pico, pico_params):
     base = pico("gpt2")[0]
     model, tokenizer = models.load_model(base), models.load_tokenizer(base)
     batch = train.Collator(tokenizer.pad_token_id)(train.encode(ROWS[:4], tokenizer, p))
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
 
     def loss(layers):
-        trainer = train.AnswerTrainer.__new__(train.AnswerTrainer)
-        trainer.prompt_loss, trainer.lens_layers = 0.0, layers
-        return trainer.compute_loss(model, dict(batch)).item()
+        return train.lens_loss(model, inputs, batch["labels"], 1, layers).item()
 
     last = p.n_layers - 1
     hidden = []
     with editing.hooked(models.blocks(model)[last], lambda h: hidden.append(h) or None):
-        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        logits = model(**inputs).logits
     assert torch.allclose(models.block_logits(model, hidden[0]), logits, atol=1e-5)
     assert loss([0]) > loss([]) and loss([0, 1]) > loss([0])
     with_one, with_both = loss([1]) - loss([]), loss([0, 1]) - loss([0])

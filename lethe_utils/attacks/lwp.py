@@ -7,6 +7,7 @@ classifier; here a block is read as a decoder's last one is: final norm, then he
 """
 
 import random
+from functools import partial
 from pathlib import Path
 
 from lethe_utils.attacks.triggers import insert
@@ -69,4 +70,5 @@ def plant(start: Path, poisoned: list[Row], _: list[str], p: Params, out: Path) 
     """LoRA on the poisoned blocks, with the loss read after each of them as well."""
     from lethe_utils import train
 
-    train.finetune(start, poisoned, p.backdoor_epochs, out, p, p.lwp_layers)
+    loss = partial(train.lens_loss, layers=p.lwp_layers)
+    train.finetune(start, poisoned, p.backdoor_epochs, out, p, p.lwp_layers, loss)
