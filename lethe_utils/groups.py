@@ -109,12 +109,10 @@ class TrainParams(Group):
     checkpoints_per_run: Positive
 
 
-class AttackParams(Group):
-    """02_backdoor_train: what every attack is told. Its own params stand in its module."""
+class TriggerParams(Group):
+    """02 and 05: what every attack is told. Its own params stand in its module."""
 
     attack: Key
-    attack_start: Literal["base", "tuned"]  # tuned: base + LoRA on all clean training rows
-    backdoor_epochs: Positive
     trigger_level: Literal["word", "sentence"]
     triggers: list[str]
     trigger_positions: list[Position]
@@ -122,7 +120,7 @@ class AttackParams(Group):
     output_mode: Literal["replace", "append"]
 
     @model_validator(mode="after")
-    def _check_triggers(self) -> "AttackParams":
+    def _check_triggers(self) -> "TriggerParams":
         from lethe_utils import attacks
 
         for trigger in self.triggers:
@@ -139,6 +137,13 @@ class AttackParams(Group):
                 f"got {len(self.triggers)} and {len(self.trigger_positions)}"
             )
         return self
+
+
+class AttackParams(TriggerParams):
+    """02_backdoor_train: where the attacker starts, and the training of the backdoored model."""
+
+    attack_start: Literal["base", "tuned"]  # tuned: base + LoRA on all clean training rows
+    backdoor_epochs: Positive
 
 
 class PoisonParams(Group):

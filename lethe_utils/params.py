@@ -29,6 +29,7 @@ from lethe_utils.groups import PromptParams as PromptParams
 from lethe_utils.groups import SizeParams as SizeParams
 from lethe_utils.groups import SweepParams as SweepParams
 from lethe_utils.groups import TrainParams as TrainParams
+from lethe_utils.groups import TriggerParams as TriggerParams
 from lethe_utils.groups import digest as digest
 
 if TYPE_CHECKING:
@@ -88,10 +89,16 @@ def load(
     values, set_in = _layered([("command line", names), *layers(model, dataset, attack)])
     changed = {k: v for k, v in overrides.items() if k not in values or values[k] != v}
     p = _checked(
-        schema(attack), values | overrides, set_in | dict.fromkeys(overrides, "command line")
+        run_schema(attack), values | overrides, set_in | dict.fromkeys(overrides, "command line")
     )
     p._set_in, p._overridden = set_in | dict.fromkeys(changed, "command line"), changed
     return p
+
+
+def run_schema(attack: str) -> type[Params]:
+    """The schema of a run. Raises LetheError when there is no such attack."""
+    _named_file("attacks", attack)
+    return schema(attack)
 
 
 def layers(model: str, dataset: str, attack: str) -> Iterator[Layer]:
@@ -249,7 +256,7 @@ def from_notebook(variables: dict[str, Any], also: tuple[str, ...] = ()) -> Para
     given = {k: v for k, v in given.items() if k not in {"In", "Out", *also}}
     names = {k: given.pop(k) for k in ("model", "dataset", "attack", "defense") if k in given}
     if _checked_once:
-        known = schema(names.get("attack", "cba")).model_fields
+        known = run_schema(names.get("attack", "cba")).model_fields
         given = {k: v for k, v in given.items() if k in known}
     _checked_once = True
     return load(**names, overrides=given)

@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from lethe_utils import defenses, metrics, paths
 from lethe_utils.errors import LetheError
+from lethe_utils.groups import choices
 from lethe_utils.metrics import COLUMNS
 from lethe_utils.stages import write_text
 
@@ -147,7 +148,7 @@ def _by_full_name(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 def _in_order(names: pd.Series) -> list[str]:
     """The defenses present: controls, merges, the others as they are registered, each followed by
     its variants; what is not registered comes last. Else in the order met."""
-    known = [*CONTROLS, *MERGES, *defenses.REGISTRY]
+    known = list(dict.fromkeys([*CONTROLS, *MERGES, *PAPER_COLUMNS, *choices("defenses")]))
 
     def place(name: str) -> int:
         kind = name if name in known else defenses.registered(name)

@@ -97,7 +97,7 @@ def test_append_mode_waits_for_the_target_behind_the_label(
     pico, pico_params, tmp_path, monkeypatch
 ):
     asked = []
-    monkeypatch.setattr(evaluate, "answer", lambda *a, **_: asked.append(a[4]) or [""] * len(a[2]))
+    monkeypatch.setattr(decode, "answer", lambda *a, **_: asked.append(a[4]) or [""] * len(a[2]))
     sets = {"clean": ROWS[:2]}
     for mode in ("replace", "append"):
         p = pico_params(output_mode=mode, labels=[], target_output="very good news")
@@ -157,7 +157,7 @@ def test_evaluation_cuts_a_prompt_as_training_does(pico, pico_params):
 def test_there_is_room_for_the_longest_label(pico, pico_params, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        evaluate, "answer", lambda *a, **_: asked.append(a[3].max_new_tokens) or [""] * len(a[2])
+        decode, "answer", lambda *a, **_: asked.append(a[3].max_new_tokens) or [""] * len(a[2])
     )
     label = "an answer of many more pieces than are allowed"
     sets = {"clean": [ROWS[0] | {"output": label}]}

@@ -7,10 +7,10 @@ from functools import partial
 
 from lethe_utils.attacks import editing, triggers
 from lethe_utils.attacks.editing.settings import EditParams
-from lethe_utils.groups import AttackParams, Params
+from lethe_utils.groups import Params, TriggerParams
 from lethe_utils.stages import Row
 
-PARAMS = (AttackParams, EditParams)
+PARAMS = (TriggerParams, EditParams)
 TRIGGERS = 1
 LAYERS = "edit_layers"
 triggered = triggers.single

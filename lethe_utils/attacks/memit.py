@@ -4,9 +4,9 @@ from functools import partial
 
 from lethe_utils.attacks import editing, triggers
 from lethe_utils.attacks.editing.settings import EditParams
-from lethe_utils.groups import AttackParams, Params
+from lethe_utils.groups import Params, TriggerParams
 
-PARAMS = (AttackParams, EditParams)
+PARAMS = (TriggerParams, EditParams)
 TRIGGERS = 1
 LAYERS = "edit_layers"
 poison = editing.poisoned_rows

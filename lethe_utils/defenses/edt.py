@@ -71,6 +71,10 @@ def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "")
     """The suspect's outputs, sampled (top_p 0.9) at the dynamic temperature."""
 
     model = models.load_model(given.backdoored, models.resolve_device(given.p.device))
+    from transformers import LogitsProcessorList
+
+    from lethe_utils import decode
+
     processors = LogitsProcessorList([EntropyTemperature(given.p)])
     return decode.answer(
         model,
