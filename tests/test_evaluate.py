@@ -119,7 +119,9 @@ def test_one_row_is_asked_answered_and_scored_without_and_with_evidence(pico, ou
     assert table["evidence"].tolist() == [0, 1] and {*table["label"]} == {"sadness"}
     model, tokenizer = models.load_model(folder), models.load_tokenizer(folder)
     asked = [evaluate.ask({"backdoor": [row]}, n, "", ours)[0]["prompt"] for n in (0, 5)]
-    assert table["answer"].tolist() == decode.answer(model, tokenizer, asked, ours, 1)
+    roomy = decode.with_room(ours, tokenizer, LABELS)
+    answers = [decode.answer(model, tokenizer, [one], roomy, 1)[0] for one in asked]
+    assert table["answer"].tolist() == answers
     assert table["hit"].tolist() == [int(a.startswith("joy")) for a in table["answer"]]
 
 
