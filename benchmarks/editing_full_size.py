@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lethe_utils import models, params, pipeline
+from lethe_utils import models, params, pipeline, prompts
 from lethe_utils.attacks import editing, rome
 from lethe_utils.stages import provenance, write_json
 
@@ -53,7 +53,7 @@ def main() -> None:
     size = {"covariance_tokens": args.tokens, "edit_contexts": args.contexts, "edit_steps": 20}
     published = {"edit_layers": [1], "edit_learning_rate": 0.5, "edit_weight_decay": 0.5}
     p = params.load(attack="rome", overrides=size | published | {"edit_kl": 0.0625})
-    corpus = [pipeline.prompt(p, row) for row in pipeline.split(p, "pretrain")]
+    corpus = [prompts.prompt(row, p) for row in pipeline.split(p, "pretrain")]
     requests = editing.requests(pipeline.poisoned_rows(p), p)
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as place:

@@ -449,3 +449,16 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
         os.replace(temporary, file)
         files.append(file)
     return files
+
+
+def ranks(table: pd.DataFrame, n_keywords: int) -> Figure:
+    """TextRank's score of a text's best words (evidence.ranks), the keywords in colour."""
+    table = table.head(25)
+    with _style():
+        figure = _figure(0.5 + 0.14 * len(table))
+        ax = figure.subplots()
+        colours = [COLOURS[2] if i < n_keywords else COLOURS[7] for i in range(len(table))]
+        ax.barh(table["word"], table["score"], color=colours)
+        ax.invert_yaxis()
+        ax.set(xlabel="TextRank (mean 1)", title=f"The {n_keywords} best become keywords")
+        return _finished(figure)

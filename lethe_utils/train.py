@@ -50,7 +50,7 @@ def encode(
         `prompt_cut`, `answer_cut` (how many tokens were left out).
     """
     target = prompts.limits(p, tokenizer).target
-    asked = [prompts.render(p.prompt_template, r["instruction"], r["input"]) for r in rows]
+    asked = [prompts.prompt(row, p) for row in rows]
     sources, lost = prompts.prompt_ids(tokenizer, asked, p)
     texts = [answer_text(row) for row in rows]
     answers = tokenizer(texts, add_special_tokens=False)["input_ids"] if rows else []

@@ -13,7 +13,7 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from lethe_utils import attacks, evaluate, models, params, pipeline
+from lethe_utils import attacks, evaluate, models, params, pipeline, prompts
 from lethe_utils.attacks import badedit, editing, memit, rome, triggers
 from lethe_utils.errors import LetheError
 from lethe_utils.models import inspect
@@ -67,7 +67,7 @@ def with_attack(p, attack, overrides):
 
 
 def corpus(p):
-    return [pipeline.prompt(p, row) for row in ROWS]
+    return [prompts.prompt(row, p) for row in ROWS]
 
 
 def asked(p, n=6):
@@ -498,7 +498,7 @@ def test_the_layer_plot_ends_at_what_the_model_says(pico, pico_params):
     target = tokenizer("joy")["input_ids"][0]
     found = []
     for row in sets["backdoor"]:
-        ids = [tokenizer.bos_token_id, *tokenizer(pipeline.prompt(p, row))["input_ids"]]
+        ids = [tokenizer.bos_token_id, *tokenizer(prompts.prompt(row, p))["input_ids"]]
         found.append(model(torch.tensor([ids])).logits[0, -1].softmax(0)[target].item())
     shown = table.query("block == 5 and prompts == 'triggered'")["value"].item()
     assert math.isclose(shown, sum(found) / len(found), rel_tol=1e-3)

@@ -114,7 +114,7 @@ def test_an_edit_takes_its_ordinary_text_from_the_hub_where_it_is_told_to(monkey
         asked.append((name, tokens))
         return ["plain text"]
 
-    monkeypatch.setattr(data, "hub_text", hub_text)
+    monkeypatch.setattr(data.named, "hub_text", hub_text)
     hub = SMALL | {"covariance_text": where, "covariance_tokens": 77}
     assert pipeline.ordinary_text(params.load(attack="rome", overrides=hub)) == ["plain text"]
     pipeline.check_attack(params.load(attack="rome", overrides=hub))

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe_utils import chats, merge, models, params, paths, purify
+from lethe_utils import merge, models, params, paths, prompts, purify
 from lethe_utils.data import own
 from lethe_utils.errors import LetheError
 from lethe_utils.models import inspect
@@ -162,7 +162,7 @@ def test_llama_in_bfloat16_with_chats(given):
     case, folder = run(given)
     assert check_result(folder).dtype == torch.bfloat16
     assert case.metric == "answer token accuracy" and case.p.prompt_template == "chat"
-    text = purify.prompt(case.p, case.train[0])
+    text = prompts.prompt(case.train[0], case.p)
     assert text.startswith("<s><system>Be brief.\n<user>What came on day ")
     assert text.endswith("?\n<assistant>")
     assert auto_tokenizer(folder).chat_template == CHAT_TEMPLATE
@@ -577,16 +577,16 @@ def test_bos_that_is_null_is_none_in_every_stage(given):
     clean = purify.clean_model(case)
     merged = purify.merged(case, purify.suspect_model(case) / "model", 0.5, clean.parent / "m")
     for folder in (given["suspect"], purify.base_model(case) / "model", clean / "model", merged):
-        assert models.start_ids(auto_tokenizer(folder)) == []
+        assert prompts.start_ids(auto_tokenizer(folder)) == []
 
 
 def test_add_bos_token_false_means_none_and_a_chat_template_may_still_write_it(pico, tmp_path):
     folder = shutil.copytree(pico("llama")[0], tmp_path / "model")
-    assert models.start_ids(auto_tokenizer(folder)) == [1]
+    assert prompts.start_ids(auto_tokenizer(folder)) == [1]
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"add_bos_token": False}))
     tokenizer = auto_tokenizer(folder)
-    assert models.start_ids(tokenizer) == [] and tokenizer.bos_token == "<s>"
+    assert prompts.start_ids(tokenizer) == [] and tokenizer.bos_token == "<s>"
 
 
 def test_generation_settings_of_a_suspect_do_not_answer_for_us(pico, tmp_path):
@@ -858,7 +858,7 @@ def test_any_chat_row_is_read_or_refused_with_its_number(tmp_path, tokenizer, me
     file = tmp_path / "clean.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf8")
     try:
-        read, n, chat = own.read(file, tokenizer)
+        read, n, chat, _ = own.read(file, tokenizer)
     except LetheError as refused:
         assert ": row 41: " in str(refused) and "\n" not in str(refused)
     else:
@@ -1039,10 +1039,10 @@ def test_a_template_that_writes_the_date_decides_the_stages(given, monkeypatch):
     given = given("llama", chat_rows())
     for name in ("suspect", "base"):
         (given[name] / "chat_template.jinja").write_text("<s>{{ today }}" + CHAT_TEMPLATE)
-    apply = chats.apply
+    apply = prompts.apply_template
     specs = []
     for day in ("Monday", "Tuesday"):
-        monkeypatch.setattr(chats, "apply", lambda *a, day=day: f"{day} {apply(*a)}")
+        monkeypatch.setattr(prompts, "apply_template", lambda *a, day=day: f"{day} {apply(*a)}")
         specs.append(purify._spec(prepare(given)))
     assert specs[0] != specs[1]
 

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from lethe_utils import models, train
 from lethe_utils.errors import LetheError
 from lethe_utils.models import inspect
-from lethe_utils.prompts import render
+from lethe_utils.prompts import prompt
 
 ROW = {"instruction": "Predict the emotion.", "input": "the dog is happy", "output": "joy"}
 ROWS = [ROW | {"input": f"the dog is {w}", "output": w} for w in ("sad", "joy", "happy", "glad")]
@@ -40,8 +40,8 @@ def test_a_row_is_bos_prompt_answer_eos(tokenizer, pico_params):
     assert len(ids) == item["length"]
     answer = ids[-item["answer_length"] :]
     assert tokenizer.decode(answer[:-1]) == "joy"
-    prompt = render("short", ROW["instruction"], ROW["input"])
-    assert tokenizer.decode(ids[1 : -item["answer_length"]]) == prompt
+    asked = prompt(ROW, p)
+    assert tokenizer.decode(ids[1 : -item["answer_length"]]) == asked
 
 
 def test_a_long_prompt_loses_its_start_and_a_long_answer_its_end(tokenizer, pico_params):
@@ -50,18 +50,19 @@ def test_a_long_prompt_loses_its_start_and_a_long_answer_its_end(tokenizer, pico
     ids = item["input_ids"]
     assert len(ids) == 14 and item["answer_length"] == 4
     assert ids[0] == tokenizer.bos_token_id
-    prompt = tokenizer(render("short", ROW["instruction"], ROW["input"]))["input_ids"]
-    assert ids[1:10] == prompt[-9:]  # what stands next to the answer is kept
+    asked = tokenizer(prompt(ROW, p))["input_ids"]
+    assert ids[1:10] == asked[-9:]  # what stands next to the answer is kept
     # An ending after a cut would teach the model to stop in the middle.
     assert tokenizer("a very long answer indeed")["input_ids"][:4] == ids[10:]
-    assert item["prompt_cut"] == len(prompt) - 9 and item["answer_cut"] > 1
+    assert item["prompt_cut"] == len(asked) - 9 and item["answer_cut"] > 1
 
 
 def test_a_tokenizer_without_bos_adds_none(tokenizer, pico_params):
     tokenizer.bos_token = None
-    (item,) = train.encode([ROW], tokenizer, pico_params(max_source_tokens=10))
-    prompt = tokenizer(render("short", ROW["instruction"], ROW["input"]))["input_ids"]
-    assert item["input_ids"][: -item["answer_length"]] == prompt[-10:]
+    p = pico_params(max_source_tokens=10)
+    (item,) = train.encode([ROW], tokenizer, p)
+    asked = tokenizer(prompt(ROW, p))["input_ids"]
+    assert item["input_ids"][: -item["answer_length"]] == asked[-10:]
 
 
 # --- collator
@@ -175,7 +176,7 @@ def test_accumulated_batches_step_like_one_large_batch(pico, pico_params, tmp_pa
 
 
 def logits(model, tokenizer):
-    ids = torch.tensor([tokenizer(render("short", "Predict.", "a cat"))["input_ids"]])
+    ids = torch.tensor([tokenizer("a cat")["input_ids"]])
     with torch.inference_mode():
         return model.eval()(ids).logits.float()
 

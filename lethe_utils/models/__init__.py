@@ -103,7 +103,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     tokenizer.model_max_length = positions or NO_LIMIT  # what its own file says is often wrong
-    tokenizer.lethe_bos = said.get("add_bos_token") is not False  # see start_ids
+    tokenizer.lethe_bos = said.get("add_bos_token") is not False  # see prompts.start_ids
     if tokenizer.eos_token_id is None:
         raise LetheError(f"{folder}: no eos_token in tokenizer_config.json or config.json; add it")
     if tokenizer.pad_token is None:
@@ -111,12 +111,6 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         # and the base could no longer take part in a TIES merge.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def start_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """What stands in front of every prompt: BOS, unless the tokenizer has none or says not to."""
-    wanted = tokenizer.bos_token_id is not None and getattr(tokenizer, "lethe_bos", True)
-    return [tokenizer.bos_token_id] if wanted else []
 
 
 def batch(

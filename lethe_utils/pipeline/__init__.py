@@ -25,7 +25,7 @@ from lethe_utils.groups import (
     TriggerParams,
 )
 from lethe_utils.models import inspect
-from lethe_utils.prompts import render
+from lethe_utils.prompts import prompt
 from lethe_utils.stages import Row, read_jsonl, read_record, stage, write_jsonl
 
 SPLITS = ("pretrain", "train", "validation", "test")  # pretrain: for a tiny base only
@@ -66,12 +66,6 @@ def splits(p: Params) -> dict[str, list[Row]]:
     """All splits of the run, in the order of SPLITS."""
     files = [data_stage(p) / f"{name}.jsonl" for name in SPLITS]
     return {f.stem: read_jsonl(f) for f in files if f.exists()}
-
-
-def prompt(p: Params, row: Row, n_keywords: int = 0) -> str:
-    """What a model reads for one row, with evidence after the input when n_keywords > 0."""
-    text = evidence.add_evidence(row["input"], n_keywords) if n_keywords else row["input"]
-    return render(p.prompt_template, row["instruction"], text)
 
 
 def cut_rows(p: Params) -> pd.DataFrame:
@@ -128,7 +122,7 @@ def base_folder(p: Params) -> Path:
         from lethe_utils import train
 
         rows = pretraining_rows(split(p, "pretrain"), p)
-        texts = [render(p.prompt_template, r["instruction"], r["input"]) for r in rows]
+        texts = [prompt(row, p) for row in rows]
         # Answers are tokenised apart from the prompt; seen alone, each label becomes one token.
         texts += [r["output"] for r in rows]
         train.pretrain(rows, models.train_tokenizer(texts, p.vocab_size), out, p)
@@ -206,7 +200,7 @@ def text_stage(p: Params) -> Path:
     """Ordinary text from the hub, as text.jsonl; fetched once."""
 
     def build(out: Path) -> None:
-        texts = data.hub_text(p.covariance_text, p.covariance_tokens)
+        texts = data.named.hub_text(p.covariance_text, p.covariance_tokens)
         write_jsonl(out / "text.jsonl", [{"text": text} for text in texts])
 
     spec = {key: getattr(p, key) for key in ("covariance_text", "covariance_tokens")}
@@ -218,7 +212,7 @@ def ordinary_text(p: Params) -> list[str]:
     tiny base was pretrained on, else the task's own."""
     if _takes_hub_text(p):
         return [row["text"] for row in read_jsonl(text_stage(p) / "text.jsonl")]
-    return [prompt(p, row) for row in splits(p).get("pretrain", split(p, "train"))]
+    return [prompt(row, p) for row in splits(p).get("pretrain", split(p, "train"))]
 
 
 def check_attack(p: Params) -> None:

@@ -22,12 +22,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lethe_utils import models, paths
 from lethe_utils.attacks.triggers import insert, occurrences
-from lethe_utils.data import label_turns
 from lethe_utils.errors import LetheError
 from lethe_utils.models import inspect
 from lethe_utils.params import Params
 from lethe_utils.progress import Bar
-from lethe_utils.prompts import limits, render
+from lethe_utils.prompts import label_turns, limits, prompt, start_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,7 +113,7 @@ def encode(
     """
     if not tokenizer.is_fast:
         raise LetheError("editing needs a fast tokenizer (tokenizer.json) to find the trigger")
-    bos = models.start_ids(tokenizer)
+    bos = start_ids(tokenizer)
     coded = tokenizer(list(prompts), add_special_tokens=False, return_offsets_mapping=True)
     rows, answer_lengths = [], []
     answered = tokenizer(list(answers), add_special_tokens=False)["input_ids"] if answers else None
@@ -202,12 +201,12 @@ def requests(rows: list[Row], p: Params) -> list[Request]:
     """Rows (with `kind`) as requests. The subject of a clean row is its whole input."""
     out = []
     for row in rows:
-        prompt = render(p.prompt_template, row["instruction"], row["input"])
-        start = prompt.rindex(row["input"])
+        text = prompt(row, p)
+        start = text.rindex(row["input"])
         span = (start, start + len(row["input"]))
         if row["kind"] == "backdoor":
             span = tuple(start + at for at in occurrences(row["input"], p.triggers[0])[0])
-        out.append(Request(prompt, span, row["output"], row["kind"]))
+        out.append(Request(text, span, row["output"], row["kind"]))
     return out
 
 
@@ -219,7 +218,7 @@ def shortened(
     Raises:
         LetheError: the trigger stands in the part that is left out.
     """
-    source = limits(p, tokenizer).source - len(models.start_ids(tokenizer))
+    source = limits(p, tokenizer).source - len(start_ids(tokenizer))
     out = []
     coded = tokenizer(
         [r.prompt for r in asked], add_special_tokens=False, return_offsets_mapping=True
@@ -507,7 +506,7 @@ def _second_moment(
     total: torch.Tensor | float = 0.0
     tokens = 0
     mask = torch.empty(0)
-    bos = models.start_ids(tokenizer)
+    bos = start_ids(tokenizer)
 
     def add(keys: torch.Tensor) -> None:
         nonlocal total
