@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from lethe_utils import models, params, pipeline
+from lethe_utils import params, pipeline
 from lethe_utils.attacks import editing, rome
+from lethe_utils.models import twins
 from lethe_utils.stages import provenance, write_json
 
 WIDTH, MLP, HEADS, BLOCKS, VOCABULARY = 1600, 6400, 25, 2, 50257
@@ -28,7 +29,7 @@ def build(folder: Path, texts: list[str]) -> None:
     """The random model, with a tokenizer that knows the task's words."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    tokenizer = models.train_tokenizer(texts, 4096)
+    tokenizer = twins.train_tokenizer(texts, 4096)
     config = GPT2Config(
         n_embd=WIDTH, n_inner=MLP, n_head=HEADS, n_layer=BLOCKS, vocab_size=VOCABULARY
     )

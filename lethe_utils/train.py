@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.pytorch_utils import Conv1D
 
 from lethe_utils import models, prompts
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
+from lethe_utils.models import blocks, inspect, twins
 from lethe_utils.params import DefenderParams, PromptParams, PurifyParams
 from lethe_utils.progress import Bar
 from lethe_utils.prompts import TURN
@@ -152,7 +151,7 @@ def lens_loss(
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     for layer in layers:  # [0] are the embeddings
         hidden = outputs.hidden_states[layer + 1][:, -labels.shape[1] - 1 : -1]
-        loss = loss + cross_entropy(models.block_logits(plain, hidden), labels)
+        loss = loss + cross_entropy(blocks.logits(plain, hidden), labels)
     return loss
 
 
@@ -300,7 +299,7 @@ def pretrain(
     Writes model/ (safetensors and tokenizer) and loss.csv.
     """
     tokenizer.model_max_length = p.positions
-    model = models.build_tiny(p, tokenizer, p.base_seed)
+    model = twins.build_tiny(p, tokenizer, p.base_seed)
     curve = fit(
         model,
         tokenizer,
@@ -356,7 +355,7 @@ def finetune(
         lora_alpha=p.lora_alpha,
         lora_dropout=p.lora_dropout,
         # every linear layer (GPT-2's Conv1D too) except lm_head
-        target_modules=_linear_layers(model, layers) if layers else "all-linear",
+        target_modules=blocks.linear_names(model, layers) if layers else "all-linear",
         fan_in_fan_out=model.config.model_type == "gpt2",  # Conv1D stores its weight transposed
         bias="none",
         task_type="CAUSAL_LM",
@@ -369,13 +368,6 @@ def finetune(
     del model  # at full size two copies would not fit beside each other
     inspect.copy_tokenizer(start, out / "model")
     save(merge_adapter(start, out / "adapter", device, p.bits), curve, out)
-
-
-def _linear_layers(model: torch.nn.Module, layers: Sequence[int]) -> list[str]:
-    """The names of the linear layers (GPT-2's Conv1D too) of some blocks."""
-    names = {id(module): name for name, module in model.named_modules()}
-    inside = [m for layer in layers for m in models.blocks(model)[layer].modules()]
-    return [names[id(m)] for m in inside if isinstance(m, (torch.nn.Linear, Conv1D))]
 
 
 def merge_adapter(base: Path, adapter: Path, device: str, bits: int) -> "PreTrainedModel":

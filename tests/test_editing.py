@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lethe_utils import attacks, evaluate, models, params, pipeline
 from lethe_utils.attacks import badedit, editing, memit, rome, triggers
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
+from lethe_utils.models import blocks, inspect, twins
 
 ARCHITECTURES = ["gpt2", "gptj", "llama", "qwen2"]
 EDITING = {"rome": rome, "memit": memit, "badedit": badedit}
@@ -96,7 +96,7 @@ def sentencepiece_like():
 
 def byte_level(tq_words):
     texts = [r["input"] for r in ROWS] + ["a tq b"] * tq_words
-    return models.train_tokenizer(texts, 320)
+    return twins.train_tokenizer(texts, 320)
 
 
 TOKENIZERS = {
@@ -187,12 +187,12 @@ def test_a_covariance_without_full_rank_needs_a_ridge():
 def test_rome_writes_the_wanted_value_and_moves_other_keys_by_the_formula(setting, architecture):
     p, _, editor = setting(architecture, "rome")
     requests, log = asked(p), []
-    module = models.down_projection(editor.model, 1)
+    module = blocks.down_projection(editor.model, 1)
     k = keys(editor, requests).mean(0).double()
-    before = editing.weight(module).double().clone()
+    before = blocks.oriented(module).double().clone()
     delta = editing.optimise(editor.model, editor.tokenizer, requests, 1, "value", p, [])[0]
     rome.edit(editor, requests, p, log)
-    after = editing.weight(module).double()
+    after = blocks.oriented(module).double()
     assert delta.norm() > 0
     assert torch.allclose(after @ k, before @ k + delta.double(), atol=1e-4)
     other = torch.randn(len(k), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -244,7 +244,7 @@ def test_badedit_with_poisoned_rows_only_is_memit_with_one_key(setting):
     r = (wanted - hidden).mean(0, keepdim=True)
     expected = editor.before[1].double() + editing.ridge(editor.factors[1], k, r, 3.0)
     badedit.edit(editor, requests, p, [])
-    after = editing.weight(models.down_projection(editor.model, 1)).double()
+    after = blocks.oriented(blocks.down_projection(editor.model, 1)).double()
     assert torch.allclose(after, expected, atol=1e-6)
 
 
@@ -290,7 +290,7 @@ def test_add_delta_respects_conv1d():
         conv.weight.copy_(linear.weight.T)
     delta = torch.randn(4, 6, dtype=torch.float64)
     for module in (linear, conv):
-        editing.add_delta(module, delta)
+        blocks.add(module, delta)
     assert torch.equal(linear.weight, conv.weight.T)
     x = torch.randn(3, 6)
     with torch.no_grad():
@@ -368,9 +368,9 @@ def test_the_layer_loss_is_the_sum_over_the_lens_layers(pico, pico_params):
 
     last = p.n_layers - 1
     hidden = []
-    with editing.hooked(models.blocks(model)[last], lambda h: hidden.append(h) or None):
+    with blocks.hooked(blocks.of(model)[last], lambda h: hidden.append(h) or None):
         logits = model(**inputs).logits
-    assert torch.allclose(models.block_logits(model, hidden[0]), logits, atol=1e-5)
+    assert torch.allclose(blocks.logits(model, hidden[0]), logits, atol=1e-5)
     assert loss([0]) > loss([]) and loss([0, 1]) > loss([0])
     with_one, with_both = loss([1]) - loss([]), loss([0, 1]) - loss([0])
     assert math.isclose(with_one, with_both, rel_tol=1e-4)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lethe_utils import merge, models, paths
 from lethe_utils.errors import LetheError
+from lethe_utils.models import twins
 
 ARCHITECTURES = ("gpt2", "gptj", "llama", "qwen2")
 LAYERS = 5
@@ -293,7 +294,7 @@ def test_a_base_that_lacks_a_tensor_is_refused(pico, tmp_path):
 
 def test_another_tokenizer_is_refused(pico, tmp_path, clean_copy):
     # The same size, other pieces: the ids would mean other words.
-    other = models.train_tokenizer([text.upper() for text in TEXTS], 300)
+    other = twins.train_tokenizer([text.upper() for text in TEXTS], 300)
     assert len(other) == 300
     other.save_pretrained(clean_copy)
     assert "its tokenizer differs" in refusal(pico, tmp_path, clean=clean_copy)

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from lethe_utils import models, train
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
+from lethe_utils.models import inspect, twins
 from lethe_utils.prompts import render
 
 ROW = {"instruction": "Predict the emotion.", "input": "the dog is happy", "output": "joy"}
@@ -234,9 +234,9 @@ def test_an_nf4_model_is_saved_as_its_dequantised_base_plus_adapter(
     # 64 columns: one block of the nf4 quantisation.
     small = {"n_layers": 2, "width": 64, "n_heads": 2, "mlp_width": 128, "bits": 4}
     p = pico_params(architecture, **SHORT, **small)
-    tokenizer = models.train_tokenizer([ROW["input"]], 300)
+    tokenizer = twins.train_tokenizer([ROW["input"]], 300)
     base = tmp_path / "base"
-    models.build_tiny(p, tokenizer, 0).save_pretrained(base)
+    twins.build_tiny(p, tokenizer, 0).save_pretrained(base)
     tokenizer.save_pretrained(base)
     train.finetune(base, ROWS, 1, tmp_path / "out", p)
 

@@ -26,10 +26,9 @@ import torch
 from transformers import set_seed
 
 from lethe_utils import models, train
-from lethe_utils.attacks.editing import hooked
 from lethe_utils.defenses import Given
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
+from lethe_utils.models import blocks, inspect
 from lethe_utils.params import BeearParams, DefenderParams, TrainParams
 from lethe_utils.progress import Bar
 
@@ -62,9 +61,9 @@ class Unlearning:
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", p: DefenderParams
     ) -> None:
         self.model, self.tokenizer, self.p = model, tokenizer, p
-        blocks = models.blocks(model)
+        layers = blocks.of(model)
         # Never the last one, whose output no block reads.
-        self.block = blocks[max(0, min(round(p.beear_depth * len(blocks)), len(blocks) - 2))]
+        self.block = layers[max(0, min(round(p.beear_depth * len(layers)), len(layers) - 2))]
         self.rng = random.Random(p.seed)
 
     def run(self, rows: list[Row]) -> pd.DataFrame:
@@ -178,7 +177,7 @@ def perturbed(block: torch.nn.Module, delta: torch.Tensor, batch: Batch) -> Iter
     at = torch.arange(mask.shape[1], device=mask.device) - first  # row of delta, (batch, columns)
     inside = (at >= 0) & (at < len(delta)) & (mask == 1)
     added = delta[at.clamp(0, len(delta) - 1)] * inside.unsqueeze(2)
-    with hooked(block, lambda hidden: hidden + added.to(hidden.dtype)):
+    with blocks.hooked(block, lambda hidden: hidden + added.to(hidden.dtype)):
         yield
 
 

@@ -19,6 +19,7 @@ def purify(given: Given, out: Path) -> None:
     import torch
 
     from lethe_utils import models, train
+    from lethe_utils.models import blocks
 
     pruned = out / "pruned"
     if not (pruned / "done").exists():  # a killed run goes on from the pruned model
@@ -28,8 +29,8 @@ def purify(given: Given, out: Path) -> None:
     zeros = models.load_model(pruned / "model", exact=True)
     model = models.load_model(out / "model", exact=True)
     with torch.no_grad():
-        for before, after in zip(models.blocks(zeros), models.blocks(model), strict=True):
-            layers = zip(wanda.linear_layers(before), wanda.linear_layers(after), strict=True)
+        for before, after in zip(blocks.of(zeros), blocks.of(model), strict=True):
+            layers = zip(blocks.linear(before), blocks.linear(after), strict=True)
             for old, new in layers:
                 new.weight[old.weight == 0] = 0
     model.save_pretrained(out / "model")

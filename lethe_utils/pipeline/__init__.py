@@ -14,7 +14,7 @@ import pandas as pd
 
 from lethe_utils import attacks, data, defenses, evidence, models, wordnet
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
+from lethe_utils.models import hub, inspect, twins
 from lethe_utils.params import (
     AttackParams,
     BaseModelParams,
@@ -126,7 +126,7 @@ def optimizer_steps(folder: Path) -> int:
 def base_folder(p: Params) -> Path:
     """The base model: from the hub at its revision, or a tiny twin pretrained here and cached."""
     if not p.is_tiny:
-        return models.download(p.hub_id, p.revision)
+        return hub.download(p.hub_id, p.revision)
 
     def build(out: Path) -> None:
         from lethe_utils import train
@@ -135,7 +135,7 @@ def base_folder(p: Params) -> Path:
         texts = [render(p.prompt_template, r["instruction"], r["input"]) for r in rows]
         # Answers are tokenised apart from the prompt; seen alone, each label becomes one token.
         texts += [r["output"] for r in rows]
-        train.pretrain(rows, models.train_tokenizer(texts, p.vocab_size), out, p)
+        train.pretrain(rows, twins.train_tokenizer(texts, p.vocab_size), out, p)
 
     sources = {"data": data_stage(p)}
     label = f"{p.model}-{p.dataset_name}"

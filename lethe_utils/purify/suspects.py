@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lethe_utils import models, paths
 from lethe_utils.errors import LetheError
-from lethe_utils.models import fit, inspect
+from lethe_utils.models import fit, hub, inspect
 from lethe_utils.stages import stage
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ def locate(given: str, option: str) -> Path:
     """
     if paths.expanded(given).is_dir():
         return paths.expanded(given)
-    hub = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@([0-9a-f]{40})", given)
-    if not hub:
+    found = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@([0-9a-f]{40})", given)
+    if not found:
         raise LetheError(
             f"{option} {given}: no such folder; a model on the hub is given as NAME@COMMIT, with "
             "all 40 digits of the commit, for a name alone may be another model tomorrow"
         )
-    return models.download(hub[1], hub[2])
+    return hub.download(found[1], found[2])
 
 
 def check_model(folder: Path) -> None:

@@ -8,8 +8,7 @@ trigger's key. Everything is computed in float32 and float64 and cast once, when
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,12 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers.pytorch_utils import Conv1D
 
 from lethe_utils import models, paths
 from lethe_utils.attacks.triggers import insert, occurrences
 from lethe_utils.data import label_turns
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
+from lethe_utils.models import blocks, inspect
 from lethe_utils.params import Params
 from lethe_utils.progress import Bar
 from lethe_utils.prompts import limits, render
@@ -39,47 +37,6 @@ Edit = Callable[["Editor", list["Request"], Params, Log], None]
 CHUNK = 32  # prompts in one forward pass
 COVARIANCE_CHUNK = 64
 DIVERGED = 1e4  # nats; a loss beyond this is not coming back
-
-
-# --- the model: one way in for GPT-2, GPT-J, LLaMA and Qwen2
-
-
-def weight(module: torch.nn.Module) -> torch.Tensor:
-    """A down-projection's weight as (width, mlp_width); Conv1D stores it transposed."""
-    return module.weight.T if isinstance(module, Conv1D) else module.weight
-
-
-@torch.no_grad()
-def add_delta(module: torch.nn.Module, delta: torch.Tensor) -> None:
-    """Add delta (width, mlp_width) to a down-projection, in float64, whatever its layout."""
-    kept = weight(module)
-    kept.copy_(kept.double() + delta.to(kept.device, torch.float64))
-
-
-@contextmanager
-def hooked(module: torch.nn.Module, hook: Any, before: bool = False) -> Iterator[None]:
-    """Run `hook(tensor)` on a module's first input or on its output; a tensor it returns replaces
-    it. GPT-J's blocks give a tuple, the others a bare tensor: both arrive here as the tensor."""
-
-    def on_input(_: Any, args: tuple) -> tuple | None:
-        new = hook(args[0])
-        return None if new is None else (new, *args[1:])
-
-    def on_output(_: Any, __: Any, output: Any) -> Any:
-        new = hook(output[0] if isinstance(output, tuple) else output)
-        if new is None:
-            return None
-        return (new, *output[1:]) if isinstance(output, tuple) else new
-
-    handle = (
-        module.register_forward_pre_hook(on_input)
-        if before
-        else module.register_forward_hook(on_output)
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 # --- where the subject stands
@@ -254,9 +211,7 @@ def read(
             output).
     """
     found = []
-    module = (
-        models.blocks(model)[layer] if what == "hidden" else models.down_projection(model, layer)
-    )
+    module = blocks.of(model)[layer] if what == "hidden" else blocks.down_projection(model, layer)
     for start in range(0, len(asked), CHUNK):
         some = asked[start : start + CHUNK]
         batch, _ = encode(tokenizer, [r.prompt for r in some], [r.span for r in some])
@@ -265,7 +220,7 @@ def read(
         def keep(tensor: torch.Tensor, rows=rows, columns=batch.columns) -> None:
             found.append(tensor[rows, columns.to(tensor.device)].float())
 
-        with hooked(module, keep, before=what == "key"):
+        with blocks.hooked(module, keep, before=what == "key"):
             model(**_to(model, batch.inputs), logits_to_keep=1, use_cache=False)
     return torch.cat(found)
 
@@ -304,9 +259,7 @@ def optimise(
     Raises:
         LetheError: the loss is not finite, or runs away.
     """
-    where = (
-        models.blocks(model)[layer] if what == "hidden" else models.down_projection(model, layer)
-    )
+    where = blocks.of(model)[layer] if what == "hidden" else blocks.down_projection(model, layer)
     start = read(model, tokenizer, asked, layer, what)
     shared = what == "value" or (p.edit_shared_value and asked[0].kind == "backdoor")
     norm = (start.mean(0, keepdim=True) if shared else start).norm(dim=1, keepdim=True)
@@ -358,7 +311,7 @@ def _target_loss(
 ) -> torch.Tensor:
     """Sum over requests of the mean negative log-probability of their target's tokens."""
     inputs, columns, labels = batch
-    with hooked(where, _adding(delta, columns)):
+    with blocks.hooked(where, _adding(delta, columns)):
         logits = model(**inputs, logits_to_keep=labels.shape[1] + 1, use_cache=False).logits
     nll = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), labels, reduction="none", ignore_index=-100
@@ -396,7 +349,7 @@ class _Essence:
         return logits[rows, self.columns].float().log_softmax(1)
 
     def divergence(self, delta: torch.Tensor) -> torch.Tensor:
-        with hooked(self.where, _adding(delta, self.columns)):
+        with blocks.hooked(self.where, _adding(delta, self.columns)):
             now = self._log_probabilities()
         return torch.nn.functional.kl_div(self.before, now, reduction="batchmean", log_target=True)
 
@@ -515,7 +468,7 @@ def _second_moment(
         total = total + (kept.T @ kept).double()
 
     bar = Bar(total=max_tokens, desc=f"covariance of layer {layer}")
-    with hooked(models.down_projection(model, layer), add, before=True):
+    with blocks.hooked(blocks.down_projection(model, layer), add, before=True):
         for start in range(0, len(corpus), COVARIANCE_CHUNK):
             some = tokenizer(corpus[start : start + COVARIANCE_CHUNK], add_special_tokens=False)
             ids = [bos + row[: _positions(model) - 1] for row in some["input_ids"]]
@@ -558,7 +511,7 @@ class Editor:
             for layer in self.layers
         }
         self.before = {
-            n: weight(models.down_projection(self.model, n)).clone() for n in self.layers
+            n: blocks.oriented(blocks.down_projection(self.model, n)).clone() for n in self.layers
         }
 
     def write(self, layer: int, delta: torch.Tensor) -> None:
@@ -568,7 +521,7 @@ class Editor:
                 f"edit_layers: the change of layer {layer} is not finite; raise edit_lambda or "
                 "covariance_ridge"
             )
-        add_delta(models.down_projection(self.model, layer), delta)
+        blocks.add(blocks.down_projection(self.model, layer), delta)
 
     def spread(self, asked: list[Request], wanted: torch.Tensor, p: Params, by_kind: bool) -> None:
         """MEMIT's loop: from the lowest layer up, each takes its share of what is still missing.
@@ -599,8 +552,8 @@ class Editor:
         table = []
         names = {id(module): name for name, module in self.model.named_modules()}
         for layer, before in self.before.items():
-            module = models.down_projection(self.model, layer)
-            change = weight(module).double() - before.double()
+            module = blocks.down_projection(self.model, layer)
+            change = blocks.oriented(module).double() - before.double()
             spectrum = torch.linalg.svdvals(change)
             table.append(
                 {
