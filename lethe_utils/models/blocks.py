@@ -42,7 +42,7 @@ def linear_names(model: "PreTrainedModel", layers: Sequence[int]) -> list[str]:
 
 
 def oriented(layer: torch.nn.Module) -> torch.Tensor:
-    """A linear layer's weight as (out, in), a view that can be written to: Conv1D stores (in, out)."""
+    """A linear layer's weight as (out, in), writable and without gradient, whatever its layout."""
     return layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
 
 
