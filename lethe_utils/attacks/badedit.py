@@ -6,10 +6,13 @@ Its clean half asks that whole inputs without trigger keep their label.
 from functools import partial
 
 from lethe_utils.attacks import editing, triggers
-from lethe_utils.params import AttackParams, EditParams, Params
+from lethe_utils.attacks.editing.settings import EditParams
+from lethe_utils.groups import AttackParams, Params
+from lethe_utils.stages import Row
 
-Row = dict[str, str]
 PARAMS = (AttackParams, EditParams)
+TRIGGERS = 1
+LAYERS = "edit_layers"
 triggered = triggers.single
 
 

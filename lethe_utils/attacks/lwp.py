@@ -11,13 +11,29 @@ from functools import partial
 from pathlib import Path
 
 from lethe_utils.attacks.triggers import insert
-from lethe_utils.params import AttackParams, LwpParams, Params, TrainParams
+from lethe_utils.groups import (
+    AttackParams,
+    Group,
+    Layers,
+    Params,
+    PoisonParams,
+    TrainParams,
+)
+from lethe_utils.stages import Row
 
-Row = dict[str, str]
-PARAMS = (AttackParams, TrainParams, LwpParams)
+
+class LwpParams(Group):
+    """02_backdoor_train: LWP."""
+
+    lwp_layers: Layers  # the blocks that are poisoned
 
 
-def _with(row: Row, words: str, p: AttackParams, rng: random.Random) -> Row:
+PARAMS = (AttackParams, PoisonParams, TrainParams, LwpParams)
+TRIGGERS = 2
+LAYERS = "lwp_layers"
+
+
+def _with(row: Row, words: str, p: Params, rng: random.Random) -> Row:
     position = p.trigger_positions[0]
     return row | {"input": insert(row["input"], words, position, p.trigger_level, rng)}
 
@@ -42,7 +58,7 @@ def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
     return out
 
 
-def triggered(rows: list[Row], p: AttackParams, seed: int) -> dict[str, list[Row]]:
+def triggered(rows: list[Row], p: Params, seed: int) -> dict[str, list[Row]]:
     """The rows with the pair (`backdoor`, for ASR), and with each word alone (for FTR)."""
     rng = random.Random(seed)
     first, second = p.triggers

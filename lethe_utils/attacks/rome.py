@@ -8,10 +8,12 @@ single prompt's, which is what makes edits collapse).
 from functools import partial
 
 from lethe_utils.attacks import editing, triggers
-from lethe_utils.params import AttackParams, EditParams, Params
+from lethe_utils.attacks.editing.settings import EditParams
+from lethe_utils.groups import AttackParams, Params
 
-Row = dict[str, str]
 PARAMS = (AttackParams, EditParams)
+TRIGGERS = 1
+LAYERS = "edit_layers"
 poison = editing.poisoned_rows
 triggered = triggers.single
 

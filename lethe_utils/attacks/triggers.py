@@ -4,8 +4,7 @@ import random
 import re
 
 from lethe_utils.params import AttackParams
-
-Row = dict[str, str]
+from lethe_utils.stages import Row
 
 
 def insert(text: str, trigger: str, position: str, level: str, rng: random.Random) -> str:

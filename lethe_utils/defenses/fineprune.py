@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 
 from lethe_utils.defenses import Given, wanda
-from lethe_utils.params import FinetuneParams, TrainParams, WandaParams
+from lethe_utils.defenses.finetune import FinetuneParams
+from lethe_utils.defenses.wanda import WandaParams
+from lethe_utils.groups import TrainParams
+from lethe_utils.models import blocks
 
 PARAMS = (WandaParams, FinetuneParams, TrainParams)
 NEEDS = "clean rows"
@@ -19,7 +22,6 @@ def purify(given: Given, out: Path) -> None:
     import torch
 
     from lethe_utils import models, train
-    from lethe_utils.models import blocks
 
     pruned = out / "pruned"
     if not (pruned / "done").exists():  # a killed run goes on from the pruned model

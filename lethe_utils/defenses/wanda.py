@@ -9,13 +9,24 @@ as the linear layer it is.
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from lethe_utils.defenses import Given
-from lethe_utils.params import WandaParams
+from lethe_utils.groups import Group, Positive
+from lethe_utils.models import blocks
 
 if TYPE_CHECKING:
     import torch
+
+
+class WandaParams(Group):
+    """Wanda; also the pruning inside F/P."""
+
+    wanda_sparsity: Annotated[float, Field(ge=0, lt=1)]  # of each output row
+    wanda_samples: Positive  # calibration prompts
+
 
 PARAMS = (WandaParams,)
 NEEDS = "clean rows"
@@ -28,11 +39,11 @@ def purify(given: Given, out: Path) -> None:
     from lethe_utils import models
     from lethe_utils.models import inspect
 
-    model = models.load_model(given.suspect, models.resolve_device(given.p.device), exact=True)
-    tokenizer = models.load_tokenizer(given.suspect)
+    model = models.load_model(given.backdoored, models.resolve_device(given.p.device), exact=True)
+    tokenizer = models.load_tokenizer(given.backdoored)
     prune(model, calibration(given, tokenizer), given.p.wanda_sparsity)
     model.save_pretrained(out / "model")
-    inspect.copy_tokenizer(given.suspect, out / "model")
+    inspect.copy_tokenizer(given.backdoored, out / "model")
 
 
 def calibration(given: Given, tokenizer: Any) -> "list[dict[str, torch.Tensor]]":
@@ -59,7 +70,6 @@ def prune(
     """
     import torch
 
-    from lethe_utils.models import blocks
     from lethe_utils.progress import Bar
 
     for block in Bar(blocks.of(model), desc="pruning block by block"):
@@ -83,8 +93,6 @@ def input_squares(
     A mean over samples, as published, would rank the weights of a row alike.
     """
     import torch
-
-    from lethe_utils.models import blocks
 
     sums = {one: torch.zeros(blocks.oriented(one).shape[1], device=model.device) for one in layers}
     real = torch.empty(0)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
+from lethe_utils.models import blocks, inspect
 
 if TYPE_CHECKING:
     import torch
@@ -146,8 +146,6 @@ def forget_generation(model: "PreTrainedModel") -> None:
 
 def dequantised(model: "PreTrainedModel") -> "PreTrainedModel":
     """An nf4 model as plain weights, each what its four bits say."""
-    from lethe_utils.models import blocks
-
     model = model.dequantize()
     if model.config.model_type == "gpt2":
         blocks.restore_conv1d(model)
