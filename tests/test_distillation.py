@@ -73,7 +73,7 @@ def batch_of(folder, p, rows=ROWS):
     """A model, the rows' items, and their padded batch."""
     model, tokenizer = loaded(folder)
     items = train.encode(rows, tokenizer, p)
-    return model, items, train.Collator(tokenizer.pad_token_id)(items)
+    return model, items, train.collate(items, tokenizer)
 
 
 def states(model, batch, **kwargs):

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Batch = dict[str, "torch.Tensor"]  # what train.Collator makes, labels included
+Batch = dict[str, "torch.Tensor"]  # what train.collate makes, labels included
 
 
 class BeearParams(Group):
@@ -183,8 +183,7 @@ class Unlearning:
     def encode(self, rows: list[Row]) -> Batch:
         from lethe_utils import train
 
-        collate = train.Collator(self.tokenizer.pad_token_id)
-        batch = collate(train.encode(rows, self.tokenizer, self.p))
+        batch = train.collate(train.encode(rows, self.tokenizer, self.p), self.tokenizer)
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
     def sample(self, rows: list[Row]) -> list[Row]:
