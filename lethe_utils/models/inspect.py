@@ -173,6 +173,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_object(folder / "config.json")
 
 
+def count_blocks(folder: Path) -> int:
+    """How many transformer blocks a model has, by its config.json."""
+    config = read_config(folder)
+    return config.get("num_hidden_layers", config.get("n_layer"))
+
+
 def architecture(folder: Path) -> str:
     """The class that a model folder's config.json names; "none" where it names none."""
     named = read_config(folder).get("architectures") or ["none"]
