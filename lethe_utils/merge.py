@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 METHODS = ("linear", "slerp", "ties", "passthrough")
-# The published anchors of t over the depth, at strength .5. A filter is part of a tensor's name:
+PAPER_STRENGTH = 0.5
+# The published anchors of t over the depth, at that strength. A filter is part of a tensor's name:
 # "attn" is found in LLaMA's self_attn and in GPT's attn alike.
 SLERP_CURVES = {"attn": (0, 0.5, 0.3, 0.7, 1), "mlp": (1, 0.5, 0.7, 0.3, 0)}
 SLERP_REST = 0.5
