@@ -36,9 +36,8 @@ ROWS = [
     }
     for i in range(60)
 ]
+TASK = {"labels": LABELS, "prompt_template": "short"}
 EDIT = {
-    "labels": LABELS,
-    "prompt_template": "short",
     "edit_layers": [1],
     "edit_contexts": 6,
     "edit_clean_contexts": 0,
@@ -65,9 +64,10 @@ def setting(pico, pico_params):
 
 
 def with_attack(p, attack, overrides):
-    """The pico params with an attack's own, then EDIT, then the test's."""
+    """The pico params with an attack's own, then TASK and EDIT, then the test's."""
     pico = {k: getattr(p, k) for k in params.BaseModelParams.model_fields if k != "model"}
-    return params.load(attack=attack, overrides=pico | EDIT | overrides)
+    own = EDIT if attack in EDITING else {}
+    return params.load(attack=attack, overrides=pico | TASK | own | overrides)
 
 
 def corpus(p):
