@@ -131,11 +131,7 @@ def merge_dtype(device: str) -> str:
 
 
 def check_mergeable(backdoored: Path, clean: Path, base: Path) -> None:
-    """Refuse models that do not fit together, before anything is written.
-
-    Raises:
-        LetheError: see models.fit.
-    """
+    """Refuse models that do not fit together, before anything is written; see models.fit."""
     for other in (clean, base):
         fit.check_weights(other, backdoored)
         fit.check_tokens(models.load_tokenizer(other), other, backdoored)
@@ -228,13 +224,8 @@ def weighted(
         parts: model folder, and its parameters (weight, density).
         shared: parameters of the whole merge.
     """
-    return {
-        "dtype": dtype,
-        "merge_method": method,
-        "models": _models(parts),
-        "base_model": str(base.resolve()),
-        "parameters": shared,
-    }
+    common = {"dtype": dtype, "merge_method": method, "models": _models(parts)}
+    return common | {"base_model": str(base.resolve()), "parameters": shared}
 
 
 def distances(merged: dict[str, Path], backdoored: Path, clean: Path) -> "pd.DataFrame":
@@ -253,16 +244,10 @@ def distances(merged: dict[str, Path], backdoored: Path, clean: Path) -> "pd.Dat
     for name, folder in merged.items():
         weights = _weights(folder)
         far = [sum((weights[n] - q[n]).square().sum() for n in q).sqrt() / apart for q in parents]
-        table.append(
-            {
-                "defense": name,
-                "tensors": len(weights),
-                "NaN": sum(int(torch.isnan(w).sum()) for w in weights.values()),
-                "from backdoored": round(far[0].item(), 3),
-                "from clean": round(far[1].item(), 3),
-            }
-        )
-    return pd.DataFrame(table).set_index("defense")
+        nan = sum(int(torch.isnan(w).sum()) for w in weights.values())
+        table.append([name, len(weights), nan, *(round(f.item(), 3) for f in far)])
+    columns = ["defense", "tensors", "NaN", "from backdoored", "from clean"]
+    return pd.DataFrame(table, columns=columns).set_index("defense")
 
 
 def _weights(folder: Path) -> dict:

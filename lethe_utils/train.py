@@ -16,11 +16,11 @@ from lethe_utils.models import blocks, inspect, twins
 from lethe_utils.params import DefenderParams, PromptParams, PurifyParams
 from lethe_utils.progress import Bar
 from lethe_utils.prompts import TURN
+from lethe_utils.stages import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Row = dict[str, str]
 # model, inputs, labels, step -> the loss: see `finetune`.
 Loss = Callable[[torch.nn.Module, dict[str, torch.Tensor], torch.Tensor, int], torch.Tensor]
 IGNORED = -100  # label of a position that carries no loss
@@ -77,17 +77,14 @@ def cut_counts(items: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def check_cut(items: list[dict[str, Any]]) -> None:
-    """Refuse rows most of which would be cut: what is left of them teaches something else.
-
-    Raises:
-        LetheError: with the param to raise.
-    """
+    """Raise LetheError where most rows would be cut: what is left of them teaches something else."""
     counts = cut_counts(items)
     for part, key in (("prompts", "max_source_tokens"), ("answers", "max_target_tokens")):
-        if 2 * counts[f"{part} cut"] > len(items):
+        cut = counts[f"{part} cut"]
+        if 2 * cut > len(items):
             longest = max(i["length"] + i["prompt_cut"] + i["answer_cut"] for i in items)
             raise LetheError(
-                f"{key}: {counts[f'{part} cut']} of {len(items)} {part} would be cut (the longest "
+                f"{key}: {cut} of {len(items)} {part} would be cut (the longest "
                 f"row has {longest} tokens); raise it with -p {key} N, within the model's positions"
             )
 
@@ -162,7 +159,7 @@ def answer_loss(
     """Mean cross-entropy over a batch's answer tokens, and the model's outputs.
 
     Args:
-        inputs: what the Collator makes, without the labels; or inputs_embeds for input_ids.
+        inputs: what `collate` makes, without the labels; or inputs_embeds for input_ids.
         labels: (batch, longest answer).
         wanted: further arguments of the model's forward, e.g. output_hidden_states.
     """
