@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
+from torch import Tensor
+from torch.nn import Module
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from lethe_utils import models, prompts
 from lethe_utils.errors import LetheError
 from lethe_utils.models import blocks, inspect, twins
-from lethe_utils.params import DefenderParams, PromptParams, PurifyParams
+from lethe_utils.params import DefenderParams, PurifyParams
 from lethe_utils.progress import Bar
 from lethe_utils.prompts import TURN
 from lethe_utils.stages import Row
@@ -21,8 +23,10 @@ from lethe_utils.stages import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# model, inputs, labels, step -> the loss: see `finetune`.
-Loss = Callable[[torch.nn.Module, dict[str, torch.Tensor], torch.Tensor, int], torch.Tensor]
+Recipe = DefenderParams | PurifyParams
+Item = dict[str, Any]  # an encoded row
+Inputs = dict[str, Tensor]  # input_ids, attention_mask, position_ids: (batch, longest row)
+Loss = Callable[[Module, Inputs, Tensor, int], Tensor]  # see `finetune`
 IGNORED = -100  # label of a position that carries no loss
 # Fixed, so that what the LoRA recipe is set to never changes the base it starts from.
 BASE_RECIPE = {
@@ -38,9 +42,7 @@ BASE_RECIPE = {
 PROMPT_LOSS_ROWS = 4  # one row in four carries the prompt loss: a vocabulary of logits is dear
 
 
-def encode(
-    rows: list[Row], tokenizer: "PreTrainedTokenizerBase", p: PromptParams | PurifyParams
-) -> list[dict[str, Any]]:
+def encode(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", p: Recipe) -> list[Item]:
     """Token ids per row: the prompt, the answer, and what ends it (see `answer_text`).
 
     An answer that is longer than it may be is cut and then has no ending: a model that is taught
@@ -56,12 +58,11 @@ def encode(
     answers = tokenizer(texts, add_special_tokens=False)["input_ids"] if rows else []
     out = []
     for row, source, left_out, answer in zip(rows, sources, lost, answers, strict=True):
-        ending = [] if TURN in row else [tokenizer.eos_token_id]
-        whole = answer + ending
+        whole = answer + ([] if TURN in row else [tokenizer.eos_token_id])
         kept = whole[:target]
-        ids = source + kept
-        item = {"input_ids": ids, "answer_length": len(kept), "length": len(ids)}
-        out.append(item | {"prompt_cut": left_out, "answer_cut": len(whole) - len(kept)})
+        lengths = {"answer_length": len(kept), "length": len(source) + len(kept)}
+        cut = {"prompt_cut": left_out, "answer_cut": len(whole) - len(kept)}
+        out.append({"input_ids": source + kept} | lengths | cut)
     return out
 
 
@@ -70,35 +71,30 @@ def answer_text(row: Row) -> str:
     return row[TURN].replace(prompts.PLACE, row["output"]) if TURN in row else row["output"]
 
 
-def cut_counts(items: list[dict[str, Any]]) -> dict[str, int]:
+def cut_counts(items: list[Item]) -> dict[str, int]:
     """Of encoded rows: how many there are, and how many lost a part of their prompt or answer."""
     cut = {part: sum(i[f"{part}_cut"] > 0 for i in items) for part in ("prompt", "answer")}
     return {"rows": len(items), "prompts cut": cut["prompt"], "answers cut": cut["answer"]}
 
 
-def check_cut(items: list[dict[str, Any]]) -> None:
-    """Raise LetheError where most rows would be cut: what is left of them teaches something else."""
+def check_cut(items: list[Item]) -> None:
+    """Raise LetheError where most rows would be cut: what is left teaches something else."""
     counts = cut_counts(items)
     for part, key in (("prompts", "max_source_tokens"), ("answers", "max_target_tokens")):
         cut = counts[f"{part} cut"]
         if 2 * cut > len(items):
             longest = max(i["length"] + i["prompt_cut"] + i["answer_cut"] for i in items)
             raise LetheError(
-                f"{key}: {cut} of {len(items)} {part} would be cut (the longest "
-                f"row has {longest} tokens); raise it with -p {key} N, within the model's positions"
+                f"{key}: {cut} of {len(items)} {part} would be cut (the longest row has {longest} "
+                f"tokens); raise it with -p {key} N, within the model's positions"
             )
 
 
-def collate(
-    items: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase"
-) -> dict[str, torch.Tensor]:
+def collate(items: list[Item], tokenizer: "PreTrainedTokenizerBase") -> Inputs:
     """A batch of encoded rows, padded on the left, so that every answer ends in the last column.
 
     Then the loss needs the logits of the last few columns only; over a whole vocabulary that is
-    most of a tiny model's work.
-    Returns:
-        (batch, longest row) input_ids, attention_mask, position_ids; and labels (batch, longest
-        answer).
+    most of a tiny model's work. Returns the Inputs, and labels (batch, longest answer).
     """
     batch = models.batch(tokenizer, [item["input_ids"] for item in items])
     labels = torch.full((len(items), max(i["answer_length"] for i in items)), IGNORED)
@@ -118,25 +114,23 @@ class LossTrainer(Trainer):
         super().__init__(**kwargs)
         self.loss = loss
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict, *_: Any, **__: Any) -> Any:
+    def compute_loss(self, model: Module, inputs: dict, *_: Any, **__: Any) -> Any:
         labels = inputs.pop("labels")
         return self.loss(model, inputs, labels, self.state.global_step + 1)
 
 
-def plain_loss(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor, _: int
-) -> torch.Tensor:
+def plain_loss(model: Module, inputs: Inputs, labels: Tensor, _: int) -> Tensor:
     """Mean cross-entropy over a batch's answer tokens."""
     return answer_loss(model, inputs, labels)[0]
 
 
 def base_loss(
-    model: torch.nn.Module,
-    inputs: dict[str, torch.Tensor],
-    labels: torch.Tensor,
+    model: Module,
+    inputs: Inputs,
+    labels: Tensor,
     _: int,
     prompt_loss: float,
-) -> torch.Tensor:
+) -> Tensor:
     """A tiny base's: the answer loss plus `prompt_loss` times that over prompt tokens.
 
     A pretrained LLM has predicted every token it read. A base that only ever answered ignores all
@@ -153,9 +147,7 @@ def base_loss(
     return loss + prompt_loss * cross_entropy(logits, ids[:, 1:][kept])
 
 
-def answer_loss(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor, **wanted: Any
-) -> tuple[torch.Tensor, Any]:
+def answer_loss(model: Module, inputs: Inputs, labels: Tensor, **wanted: Any) -> tuple[Tensor, Any]:
     """Mean cross-entropy over a batch's answer tokens, and the model's outputs.
 
     Args:
@@ -168,13 +160,9 @@ def answer_loss(
     return cross_entropy(outputs.logits[:, :-1], labels), outputs
 
 
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in float32 over the targets that are not IGNORED.
-
-    Args:
-        logits: (..., vocabulary).
-        targets: (...), token ids.
-    """
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in float32 of logits (..., vocabulary) over targets (...), token ids, that
+    are not IGNORED."""
     return torch.nn.functional.cross_entropy(
         logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED
     )
@@ -212,7 +200,7 @@ def fit(
     rows: list[Row],
     epochs: int,
     out: Path,
-    p: DefenderParams | PurifyParams,
+    p: Recipe,
     loss: Loss,
 ) -> pd.DataFrame:
     """Train in place, resuming from the last checkpoint in `out`/checkpoints.
@@ -237,9 +225,7 @@ def fit(
     return curve[["step", "epoch", "loss"]]
 
 
-def _arguments(
-    items: int, epochs: int, out: Path, p: DefenderParams | PurifyParams
-) -> TrainingArguments:
+def _arguments(items: int, epochs: int, out: Path, p: Recipe) -> TrainingArguments:
     """The recipe in the Trainer's words."""
     device = models.resolve_device(p.device)
     steps = -(-items // (p.batch_size * p.gradient_accumulation)) * epochs
@@ -294,7 +280,7 @@ def finetune(
     rows: list[Row],
     epochs: int,
     out: Path,
-    p: DefenderParams | PurifyParams,
+    p: Recipe,
     layers: Sequence[int] = (),
     loss: Loss = plain_loss,
 ) -> None:
