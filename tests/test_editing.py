@@ -386,7 +386,7 @@ def kept():
 def test_a_covariance_is_computed_once_and_is_the_second_moment(setting, monkeypatch):
     p, _, editor = setting()
     first = covariance(editor, corpus(p), 1)
-    wanted, _ = second_moment(editor.model, editor.tokenizer, corpus(p), 1, p.covariance_tokens)
+    wanted, _ = second_moment(editor, corpus(p), 1)
     assert torch.equal(first, wanted) and first.shape == (p.mlp_width, p.mlp_width)
     assert torch.equal(first, first.T) and (torch.linalg.eigvalsh(first.double()) > -1e-6).all()
     # a second computation would fail
@@ -397,8 +397,8 @@ def test_a_covariance_is_computed_once_and_is_the_second_moment(setting, monkeyp
 def test_the_second_moment_counts_every_token_once_and_no_padding(setting):
     p, _, editor = setting()
     texts = corpus(p)[:3]
-    alone = [second_moment(editor.model, editor.tokenizer, [t], 1, 10**6) for t in texts]
-    together, n = second_moment(editor.model, editor.tokenizer, texts, 1, 10**6)
+    alone = [second_moment(editor, [text], 1) for text in texts]
+    together, n = second_moment(editor, texts, 1)
     assert n == sum(tokens for _, tokens in alone)
     mean = sum(c * tokens for c, tokens in alone) / n
     assert torch.allclose(together, mean, rtol=1e-4, atol=1e-6)

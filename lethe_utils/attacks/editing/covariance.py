@@ -14,8 +14,6 @@ from lethe_utils.progress import Bar
 from lethe_utils.stages import stage
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from lethe_utils.attacks.editing.editor import Editor
 
 CHUNK = 64  # texts in one forward pass
@@ -25,46 +23,38 @@ FILE = "covariance.safetensors"
 def covariance(editor: "Editor", corpus: list[str], layer: int) -> torch.Tensor:
     """C of one layer over the corpus's tokens, (mlp_width, mlp_width), float32: a stage, for at
     full size it takes longer than an edit."""
-    p, model = editor.p, editor.model
 
     def build(out: Path) -> None:
-        found, _ = second_moment(model, editor.tokenizer, corpus, layer, p.covariance_tokens)
-        save_file({"covariance": found}, out / FILE)
+        save_file({"covariance": second_moment(editor, corpus, layer)[0]}, out / FILE)
 
     spec = {
         "model": inspect.fingerprint(editor.folder),  # the tokenizer's files included
         "corpus": digest(corpus),
-        "tokens": p.covariance_tokens,
+        "tokens": editor.p.covariance_tokens,
         "layer": layer,
-        "device": model.device.type,
+        "device": editor.model.device.type,
     }
-    file = stage("covariance", f"{p.model}-layer{layer}", spec, {}, build) / FILE
+    file = stage("covariance", f"{editor.p.model}-layer{layer}", spec, {}, build) / FILE
     inspect.tensor_shapes(file)  # refuses a file that is cut short
     return load_file(file)["covariance"]
 
 
 @torch.no_grad()
-def second_moment(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    corpus: list[str],
-    layer: int,
-    max_tokens: int,
-) -> tuple[torch.Tensor, int]:
-    """Mean of k k^T over at most (about) max_tokens tokens, and how many there were."""
-    total: torch.Tensor | float = 0.0
-    tokens = 0
-    mask = torch.empty(0)
+def second_moment(editor: "Editor", corpus: list[str], layer: int) -> tuple[torch.Tensor, int]:
+    """Mean of k k^T over about `covariance_tokens` tokens, and how many there were."""
+    model, tokenizer, wanted = editor.model, editor.tokenizer, editor.p.covariance_tokens
     bos = models.start_ids(tokenizer)
     longest = min(getattr(model.config, "max_position_embeddings", 1024), 1024) - 1
+    total: torch.Tensor | float = 0.0
+    tokens, mask = 0, torch.empty(0)
 
     def add(keys: torch.Tensor) -> None:
         nonlocal total
         kept = keys[mask].float()
         total = total + (kept.T @ kept).double()
 
-    hook = blocks.hooked(blocks.down_projection(model, layer), add, before=True)
-    with hook, Bar(total=max_tokens, desc=f"covariance of layer {layer}") as bar:
+    hook = blocks.hooked(editor.place(layer, "key"), add, before=True)
+    with hook, Bar(total=wanted, desc=f"covariance of layer {layer}") as bar:
         for start in range(0, len(corpus), CHUNK):
             some = tokenizer(corpus[start : start + CHUNK], add_special_tokens=False)
             ids = [bos + row[:longest] for row in some["input_ids"]]
@@ -73,7 +63,7 @@ def second_moment(
             model(**inputs, logits_to_keep=1, use_cache=False)
             tokens += int(mask.sum())
             bar.update(int(mask.sum()))
-            if tokens >= max_tokens:
+            if tokens >= wanted:
                 break
     return (total / tokens).float().cpu(), tokens
 
