@@ -15,10 +15,18 @@ from lethe_utils.models import blocks, inspect
 
 
 class Editor:
-    """A model in float32 with the covariances of the layers to edit, and a log of its edits."""
+    """A model in float32 with the covariances of the layers to edit, and a log of its edits.
+
+    Raises:
+        LetheError: the folder is incomplete, or its weights are quantised.
+    """
 
     def __init__(self, folder: Path, corpus: list[str], p: Params) -> None:
-        check_model(folder)
+        inspect.check_folder(folder)
+        if "quantization_config" in inspect.read_config(folder):
+            raise LetheError(
+                f"{folder}: quantised weights round an edit away; give the model in 16 or 32 bits"
+            )
         self.folder, self.p, self.log = folder, p, []  # log: step, edit, loss (nats per token)
         self.tokenizer = models.load_tokenizer(folder)
         self.model = models.load_model(folder, models.resolve_device(p.device), exact=True).eval()
@@ -116,19 +124,6 @@ class Editor:
         stored = getattr(torch, inspect.stored_dtype(self.folder))
         self.model.to(stored).save_pretrained(out / "model", safe_serialization=True)
         inspect.copy_tokenizer(self.folder, out / "model")
-
-
-def check_model(folder: Path) -> None:
-    """Refuse what cannot be edited, before anything is loaded.
-
-    Raises:
-        LetheError: the folder is incomplete, or its weights are quantised.
-    """
-    inspect.check_folder(folder)
-    if "quantization_config" in inspect.read_config(folder):
-        raise LetheError(
-            f"{folder}: quantised weights round an edit away; give the model in 16 or 32 bits"
-        )
 
 
 def ridge(
