@@ -6,7 +6,7 @@ once and nothing leaks; `save` writes it. Results are checked and pooled as in t
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -461,4 +461,35 @@ def ranks(table: pd.DataFrame, n_keywords: int) -> Figure:
         ax.barh(table["word"], table["score"], color=colours)
         ax.invert_yaxis()
         ax.set(xlabel="TextRank (mean 1)", title=f"The {n_keywords} best become keywords")
+        return _finished(figure)
+
+
+def slerp_curve(curve: pd.DataFrame, edited: Sequence[int] = ()) -> Figure:
+    """SLERP's t over the blocks, a panel per strength.
+
+    Args:
+        curve: block, part, strength, t, as merge.slerp_table returns it.
+        edited: blocks whose MLP an editing attack changed; they are marked.
+    """
+    strengths = list(curve["strength"].unique())
+    with _style():
+        figure = _figure(2.1)
+        for ax, strength in zip(
+            figure.subplots(1, len(strengths), sharey=True, squeeze=False)[0],
+            strengths,
+            strict=True,
+        ):
+            looks = (COLOURS[0], "o", "-"), (COLOURS[1], "s", "--")
+            panel = curve[curve["strength"] == strength].groupby("part", sort=False)
+            for (part, line), (colour, marker, ls) in zip(panel, looks, strict=True):
+                ax.plot(line["block"], line["t"], color=colour, marker=marker, ls=ls, label=part)
+            for block in edited:
+                band = {"color": COLOURS[7], "alpha": 0.35, "lw": 0, "label": "edited block"}
+                ax.axvspan(block - 0.3, block + 0.3, **band)
+            ax.set(xlabel="block", ylim=(-0.05, 1.05), title=f"strength {strength:g}")
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.axes[0].set_ylabel("t (0: backdoored, 1: clean)")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        named = dict(zip(labels, handles, strict=True))
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3)
         return _finished(figure)

@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lethe_utils import defenses, models, train
-from lethe_utils.attacks.editing import hooked
 from lethe_utils.defenses import Given, beear, crow, nad
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
+from lethe_utils.models import blocks, inspect, twins
 
 ARCHITECTURES = ("gpt2", "gptj", "llama", "qwen2")
 ROW = {"instruction": "Predict the emotion.", "input": "the dog is happy", "output": "joy"}
@@ -73,7 +72,7 @@ def batch_of(folder, p, rows=ROWS):
     """A model, the rows' items, and their padded batch."""
     model, tokenizer = loaded(folder)
     items = train.encode(rows, tokenizer, p)
-    return model, items, train.Collator(tokenizer.pad_token_id)(items)
+    return model, items, train.collate(items, tokenizer)
 
 
 def states(model, batch, **kwargs):
@@ -247,7 +246,7 @@ def test_the_loss_adds_beta_times_the_distillation_and_the_teacher_gets_no_gradi
     losses[-1].backward()
     assert all(w.grad is None for w in teacher.parameters())
     # Blocks above the last map (3 of 5) learn from the answer alone, those below from both.
-    assert models.down_projection(model, 0).weight.grad.abs().max() > 0
+    assert blocks.down_projection(model, 0).weight.grad.abs().max() > 0
 
 
 def test_distilling_draws_the_maps_to_the_teachers(given, tmp_path):
@@ -298,7 +297,7 @@ def identity_blocks(model):
     """Zero what each block adds to its input."""
     names = ("c_proj", "out_proj", "o_proj", "fc_out", "down_proj")
     with torch.no_grad():
-        for name, module in models.blocks(model).named_modules():
+        for name, module in blocks.of(model).named_modules():
             if name.split(".")[-1] in names:
                 for parameter in module.parameters():
                     parameter.zero_()
@@ -356,7 +355,7 @@ def test_crows_loss_is_the_answers_plus_alpha_times_c_after_the_step(given, tmp_
     mine = given(architecture)
     model, _, batch = batch_of(mine.backdoored, mine.p)
     model.requires_grad_(False)
-    models.down_projection(model, 0).weight.requires_grad_(True)  # stands for the adapter
+    blocks.down_projection(model, 0).weight.requires_grad_(True)  # stands for the adapter
     plain = train.answer_loss(model, inputs_of(batch), batch["labels"])[0].item()
     c = crow.consistency(states(model, batch), batch["attention_mask"]).item()
     found = {}
@@ -371,7 +370,7 @@ def test_crows_loss_is_the_answers_plus_alpha_times_c_after_the_step(given, tmp_
     assert found[5.5, 0.1] > found[5.5, 1e-9] + 1e-5
     # The gradient is that of the loss at the moved embeddings, held fixed: nothing else gets in.
     found[5.5, 0.1].backward()
-    weight = models.down_projection(model, 0).weight
+    weight = blocks.down_projection(model, 0).weight
     embedded = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
     rest = {k: v for k, v in batch.items() if k != "input_ids"}
     mask = batch["attention_mask"]
@@ -412,8 +411,8 @@ def test_crow_training_makes_the_model_consistent(given, tmp_path):
 
 def test_crow_refuses_a_model_without_two_inner_blocks(pico_params, tmp_path):
     p = pico_params(**SHORT, n_layers=2)
-    tokenizer = models.train_tokenizer([r["input"] for r in ROWS], 300)
-    models.build_tiny(p, tokenizer, 0).save_pretrained(tmp_path / "small")
+    tokenizer = twins.train_tokenizer([r["input"] for r in ROWS], 300)
+    twins.build_tiny(p, tokenizer, 0).save_pretrained(tmp_path / "small")
     tokenizer.save_pretrained(tmp_path / "small")
     small = tmp_path / "small"
     with pytest.raises(LetheError, match="n_layers: CROW"):
@@ -431,7 +430,7 @@ def unlearning(mine):
 @pytest.mark.parametrize(("depth", "block"), [(0.01, 0), (0.28, 1), (0.5, 2), (0.7, 3), (0.99, 3)])
 def test_the_perturbed_block_lies_at_the_asked_depth_and_is_never_the_last(given, depth, block):
     made = unlearning(given(beear_depth=depth))
-    assert made.block is models.blocks(made.model)[block]  # 5 blocks
+    assert made.block is blocks.of(made.model)[block]  # 5 blocks
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -455,12 +454,12 @@ def test_the_perturbation_stands_at_the_prompts_last_positions_alone(given, arch
     batch = made.encode(ROWS)
     delta = torch.arange(1.0, 49.0).reshape(3, 16)
     heard = []
-    blocks = models.blocks(made.model)
-    with torch.no_grad(), hooked(blocks[2], lambda h: heard.append(h.clone()), before=True):
+    layers = blocks.of(made.model)
+    with torch.no_grad(), blocks.hooked(layers[2], lambda h: heard.append(h.clone()), before=True):
         made.model(**inputs_of(batch))
-        with beear.perturbed(blocks[1], delta, batch):
+        with beear.perturbed(layers[1], delta, batch):
             made.model(**inputs_of(batch))
-    assert made.block is blocks[1]
+    assert made.block is layers[1]
     wanted = torch.zeros_like(heard[0])
     width = wanted.shape[1]
     for row, item in enumerate(items):
@@ -503,7 +502,7 @@ def test_the_objective_is_the_wrong_answers_loss_less_alpha_times_the_true_ones(
                 hidden[0, n - 3 : n] += delta
                 return hidden
 
-            with hooked(made.block, add):
+            with blocks.hooked(made.block, add):
                 scores = made.model(ids).logits[0].log_softmax(-1)
             losses += [-scores[i - 1, ids[0, i]] for i in range(n, item["length"])]
         return torch.stack(losses).mean().item()
@@ -548,7 +547,7 @@ def test_the_outer_gradient_is_that_of_both_terms(given):
 def test_checkpointing_runs_the_outer_steps_blocks_twice(given, on, passes):
     made = unlearning(given(gradient_checkpointing=on))
     seen = []
-    mlp = models.blocks(made.model)[0].mlp
+    mlp = blocks.of(made.model)[0].mlp
     mlp.register_forward_pre_hook(lambda module, _: seen.append(module.training))
     made.run(ROWS)
     # 2 rounds of 2 outer steps with 2 terms; 2 rounds of 3 labels, 2 inner steps with 2 terms

@@ -13,7 +13,7 @@ def no_training(monkeypatch):
     """Rows are drawn and written, nothing is trained."""
     monkeypatch.setattr("lethe_utils.train.finetune", lambda *_: None)
     monkeypatch.setattr("lethe_utils.train.pretrain", lambda *_: None)
-    monkeypatch.setattr("lethe_utils.models.train_tokenizer", lambda *_: None)
+    monkeypatch.setattr("lethe_utils.models.twins.train_tokenizer", lambda *_: None)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

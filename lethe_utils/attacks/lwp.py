@@ -9,6 +9,7 @@ classifier; here a block is read as a decoder's last one is: final norm, then he
 import random
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lethe_utils.attacks.triggers import insert
 from lethe_utils.groups import (
@@ -19,7 +20,12 @@ from lethe_utils.groups import (
     PoisonParams,
     TrainParams,
 )
+from lethe_utils.models import blocks
 from lethe_utils.stages import Row
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 
 class LwpParams(Group):
@@ -70,5 +76,19 @@ def plant(start: Path, poisoned: list[Row], _: list[str], p: Params, out: Path) 
     """LoRA on the poisoned blocks, with the loss read after each of them as well."""
     from lethe_utils import train
 
-    loss = partial(train.lens_loss, layers=p.lwp_layers)
+    loss = partial(layer_loss, layers=p.lwp_layers)
     train.finetune(start, poisoned, p.backdoor_epochs, out, p, p.lwp_layers, loss)
+
+
+def layer_loss(
+    model: "PreTrainedModel", inputs: dict[str, Any], labels: Any, _: int, layers: list[int]
+) -> "torch.Tensor":
+    """The answer loss, summed with that of what each of `layers` says; see train.finetune."""
+    from lethe_utils import train
+
+    loss, outputs = train.answer_loss(model, inputs, labels, output_hidden_states=True)
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for layer in layers:  # [0] are the embeddings
+        hidden = outputs.hidden_states[layer + 1][:, -labels.shape[1] - 1 : -1]
+        loss = loss + train.cross_entropy(blocks.logits(plain, hidden), labels)
+    return loss

@@ -27,7 +27,7 @@ from lethe_utils import models
 from lethe_utils.defenses import Given
 from lethe_utils.errors import LetheError
 from lethe_utils.groups import DefenderParams, Group, NotNegative, Positive, Rate, TrainParams
-from lethe_utils.models import inspect
+from lethe_utils.models import blocks, inspect
 from lethe_utils.progress import Bar
 from lethe_utils.stages import Row
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Batch = dict[str, "torch.Tensor"]  # what train.Collator makes, labels included
+Batch = dict[str, "torch.Tensor"]  # what train.collate makes, labels included
 
 
 class BeearParams(Group):
@@ -81,9 +81,9 @@ class Unlearning:
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", p: DefenderParams
     ) -> None:
         self.model, self.tokenizer, self.p = model, tokenizer, p
-        blocks = models.blocks(model)
+        layers = blocks.of(model)
         # Never the last one, whose output no block reads.
-        self.block = blocks[max(0, min(round(p.beear_depth * len(blocks)), len(blocks) - 2))]
+        self.block = layers[max(0, min(round(p.beear_depth * len(layers)), len(layers) - 2))]
         self.rng = random.Random(p.seed)
 
     def run(self, rows: list[Row]) -> "pd.DataFrame":
@@ -183,8 +183,7 @@ class Unlearning:
     def encode(self, rows: list[Row]) -> Batch:
         from lethe_utils import train
 
-        collate = train.Collator(self.tokenizer.pad_token_id)
-        batch = collate(train.encode(rows, self.tokenizer, self.p))
+        batch = train.collate(train.encode(rows, self.tokenizer, self.p), self.tokenizer)
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
     def sample(self, rows: list[Row]) -> list[Row]:
@@ -203,7 +202,6 @@ def perturbed(block: "torch.nn.Module", delta: "torch.Tensor", batch: Batch) -> 
     """
     import torch
 
-    from lethe_utils.attacks.editing import hooked
     from lethe_utils.train import IGNORED
 
     mask, labels = batch["attention_mask"], batch["labels"]
@@ -213,7 +211,7 @@ def perturbed(block: "torch.nn.Module", delta: "torch.Tensor", batch: Batch) -> 
     at = torch.arange(mask.shape[1], device=mask.device) - first  # row of delta, (batch, columns)
     inside = (at >= 0) & (at < len(delta)) & (mask == 1)
     added = delta[at.clamp(0, len(delta) - 1)] * inside.unsqueeze(2)
-    with hooked(block, lambda hidden: hidden + added.to(hidden.dtype)):
+    with blocks.hooked(block, lambda hidden: hidden + added.to(hidden.dtype)):
         yield
 
 

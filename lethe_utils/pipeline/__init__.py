@@ -24,7 +24,7 @@ from lethe_utils.groups import (
     TrainParams,
     TriggerParams,
 )
-from lethe_utils.models import inspect
+from lethe_utils.models import hub, inspect, twins
 from lethe_utils.prompts import prompt
 from lethe_utils.stages import Row, read_jsonl, read_record, stage, write_jsonl
 
@@ -116,7 +116,7 @@ def optimizer_steps(folder: Path) -> int:
 def base_folder(p: Params) -> Path:
     """The base model: from the hub at its revision, or a tiny twin pretrained here and cached."""
     if not p.is_tiny:
-        return models.download(p.hub_id, p.revision)
+        return hub.download(p.hub_id, p.revision)
 
     def build(out: Path) -> None:
         from lethe_utils import train
@@ -125,7 +125,7 @@ def base_folder(p: Params) -> Path:
         texts = [prompt(row, p) for row in rows]
         # Answers are tokenised apart from the prompt; seen alone, each label becomes one token.
         texts += [r["output"] for r in rows]
-        train.pretrain(rows, models.train_tokenizer(texts, p.vocab_size), out, p)
+        train.pretrain(rows, twins.train_tokenizer(texts, p.vocab_size), out, p)
 
     sources = {"data": data_stage(p)}
     label = f"{p.model}-{p.dataset_name}"
