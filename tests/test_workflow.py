@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from lethe_utils import params, paths
 
@@ -24,11 +25,24 @@ def front_door(*words, **env):
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
 
 
-def test_environment_yml_mirrors_the_pins_of_pyproject():
+def test_the_lock_holds_every_pin_with_hashes():
     environment = yaml.safe_load((paths.root() / "environment.yml").read_text("utf8"))
-    pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
-    mirrored = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in pip if line != "-e .")
-    assert mirrored == check_pins.requirements()
+    assert environment["dependencies"][-1] == {"pip": ["-r requirements.lock"]}
+    locked = {}
+    for block in check_pins.locked():
+        assert "--hash=sha256:" in block
+        locked.setdefault(*re.match(r"([\w.-]+)==([\w.]+)", block).groups())
+    for name, wanted in check_pins.requirements().items():
+        assert locked[name] in SpecifierSet(wanted), f"{name}: remake requirements.lock"
+    assert len(locked) > 150  # and what the pins bring with them
+
+
+def test_without_a_gpu_the_lock_leaves_out_what_only_a_gpu_needs():
+    command = [sys.executable, str(paths.root() / "workflow/check_pins.py"), "cpu"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kept = re.findall(r"^[\w.-]+(?===)", text, re.M)
+    assert {"accelerate", "setuptools", "uv", "yte"} < {*kept}
+    assert not [name for name in kept if name.startswith(("torch", "nvidia", "cuda", "triton"))]
 
 
 def test_this_environment_holds_the_pins():
