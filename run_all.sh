@@ -6,6 +6,7 @@
 #   ./run_all.sh purify --suspect DIR --base DIR --clean-data FILE --out DIR   a model of your own
 #   ./run_all.sh tables                  tables and figures from the committed results
 #   ./run_all.sh lab [jupyter options]   JupyterLab in the same environment, opened at 01_data
+#   ./run_all.sh check                   does it work here: all six notebooks on a pico model, PASS or FAIL
 #   ./run_all.sh test [fast] [options]   all tests, or those that train nothing and run no notebook
 set -euo pipefail
 here="${BASH_SOURCE[0]}"
@@ -78,6 +79,13 @@ lab)
     done
     cd "$root"
     exec "$bin/python" -m jupyterlab notebooks/01_data.ipynb "${@:2}"
+    ;;
+check)
+    cd "$root"
+    whole=tests/test_end_to_end.py::test_results_have_the_columns_controls_and_intervals
+    "$bin/python" -m pytest -q -o addopts= "$whole" || { echo "FAIL: see above" && exit 1; }
+    echo "PASS: the six notebooks ran and their results add up"
+    exit
     ;;
 test)
     cd "$root"

@@ -49,6 +49,12 @@ def test_this_environment_holds_the_pins():
     assert check_pins.differences() == []
 
 
+def test_the_install_check_names_a_test_that_exists():
+    door = (paths.root() / "run_all.sh").read_text("utf8")
+    file, name = re.search(r"(tests/\w+\.py)::(\w+)", door).groups()
+    assert f"def {name}(" in (paths.root() / file).read_text("utf8")
+
+
 def test_a_missing_pin_is_named(monkeypatch):
     monkeypatch.setattr(check_pins, "requirements", lambda: {"torch": "==0.0.1", "nope": "==1"})
     found = check_pins.differences()
