@@ -160,15 +160,26 @@ def test_a_failed_notebook_is_explained_in_one_line(tmp_path):
     assert run.explain_failure(tmp_path).startswith("01_data failed: data.jsonl: line 3 is not")
 
 
+def run_all(door, *words):
+    """Through run_all.sh, from another folder, with this environment active."""
+    environment = os.environ | {"VIRTUAL_ENV": sys.prefix}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    command = [str(door), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_lab_is_jupyterlab_and_takes_its_options():
+    done = run_all(paths.root() / "run_all.sh", "lab", "--version")
+    assert f"jupyterlab=={done.stdout.strip()}" in (paths.root() / "pyproject.toml").read_text()
+
+
 def test_the_front_door_works_through_a_link_and_a_link_to_it(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "lethe").symlink_to(paths.root() / "run_all.sh")
     (tmp_path / "bin" / "lethe").symlink_to("../lethe")
-    environment = os.environ | {"VIRTUAL_ENV": sys.prefix}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    command = [str(tmp_path / "bin" / "lethe"), "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
-    assert done.returncode == 0, done.stderr
+    done = run_all(tmp_path / "bin" / "lethe", "--dry-run")
     assert "run tiny-gpt2-embedded-cba-s0" in done.stdout and "installing" not in done.stdout
     assert {f.name for f in tmp_path.iterdir()} == {"bin", "lethe"}
 
