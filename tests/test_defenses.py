@@ -10,6 +10,8 @@ from transformers.pytorch_utils import Conv1D
 from lethe_utils import defenses, models, params, pipeline, train
 from lethe_utils.defenses import fineprune, plant_and_remove, wanda
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURES = ["gpt2", "gptj", "llama", "qwen2"]
 ROWS = [
     {"instruction": "Predict the emotion.", "input": f"the dog is {w} today", "output": label}

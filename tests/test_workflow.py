@@ -132,6 +132,7 @@ def test_every_full_model_dry_runs():
             assert (p.lora_r, p.lora_alpha, p.learning_rate, p.bits) == (64, 16, 2.0e-4, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt2-xl", "llama-2-7b"])
 def test_every_defense_dry_runs_at_full_size_with_an_estimate_of_memory(model):
     done = front_door(model, "--defense", "all", "--dataset", "emotion", "--dry-run")
