@@ -33,9 +33,15 @@ def base(p: Params) -> Contender:
     return Contender("base", pipeline.base_folder(p))
 
 
+def clean(p: Params, ratio: float | None = None) -> Contender:
+    """The defender's own model, from the run's share of clean rows or from another."""
+    name = "clean" if ratio is None else f"clean, {ratio:.0%} of train"
+    return Contender(name, pipeline.clean_stage(p, ratio) / "model")
+
+
 def controls(p: Params) -> list[Contender]:
     """The models that every defense stands beside."""
-    return [backdoored(p), base(p), Contender("clean", pipeline.clean_stage(p) / "model")]
+    return [backdoored(p), base(p), clean(p)]
 
 
 def merged(p: Params, method: str, strength: float, clean_ratio: float | None = None) -> Contender:
