@@ -1,0 +1,123 @@
+"""Tidy results, checked and pooled: what every table and figure starts from."""
+
+import pandas as pd
+
+from lethe_utils import defenses, metrics
+from lethe_utils.errors import LetheError
+from lethe_utils.metrics import COLUMNS
+
+SETUP = ["model", "dataset", "attack"]
+NUMBERS = ["value", "n", "ci_low", "ci_high"]
+CONTROLS = ["backdoored", "base", "clean"]
+MERGES = ["linear", "slerp", "ties", "passthrough"]
+
+
+def select(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a results or sweeps table, checked.
+
+    Args:
+        table: the columns of `metrics.COLUMNS`; sweeps have `sweep` and `x` as well.
+    Returns:
+        a copy with those columns only and numbers as numbers.
+    Raises:
+        LetheError: a column or a key is missing, a share or its interval is impossible, or one
+            measurement is there more than once (the runs are named).
+    """
+    missing = [c for c in COLUMNS if c not in table]
+    if missing:
+        raise LetheError(f"results table: no column {', '.join(missing)}; see metrics.COLUMNS")
+    if table.empty:
+        raise LetheError("results table: no rows; run 05_evidence_eval first")
+    sweep_keys = [c for c in ("sweep", "x") if c in table]
+    keys = sweep_keys + [c for c in COLUMNS if c not in [*NUMBERS, "run_id"]]
+    out = table[sweep_keys + COLUMNS].reset_index(drop=True)
+    out[NUMBERS] = out[NUMBERS].apply(pd.to_numeric, errors="coerce")
+    _check_numbers(out, keys)
+    out["evidence"] = out["evidence"].astype(int)
+    _check_runs(out, keys)
+    return out
+
+
+def _check_numbers(table: pd.DataFrame, keys: list[str]) -> None:
+    rounding = 1e-9  # a Wilson bound at 0 or 1 may miss it by a rounding error
+    low, value, high = table["ci_low"], table["value"], table["ci_high"]
+    checks = {
+        "a key or run_id is empty": table[[*keys, "run_id"]].notna().all(axis=1),
+        "evidence is not 0 or 1": table["evidence"].isin([0, 1]),
+        "value is not within [0, 1]": value.between(0, 1),
+        "value is not within its interval": value.between(low - rounding, high + rounding),
+        "n is not a count above 0": (table["n"] > 0) & (table["n"] % 1 == 0),
+    }
+    for problem, passed in checks.items():
+        if not passed.all():
+            bad = table[~passed].iloc[0].to_dict()
+            raise LetheError(f"results table: {problem} in {(~passed).sum()} rows, first {bad}")
+
+
+def _check_runs(table: pd.DataFrame, keys: list[str]) -> None:
+    repeated = table[table.duplicated(keys, keep=False)]
+    twice = repeated[repeated.duplicated([*keys, "run_id"], keep=False)]
+    runs = ", ".join(sorted((twice if len(twice) else repeated)["run_id"].unique()))
+    if len(twice):
+        raise LetheError(f"results table: the same rows are there twice for {runs}; drop one copy")
+    if len(repeated):
+        example = ", ".join(str(repeated.iloc[0][k]) for k in keys)
+        raise LetheError(
+            f"results table: runs {runs} measured the same thing ({example}); keep one run"
+        )
+
+
+def on_test(table: pd.DataFrame) -> pd.DataFrame:
+    """`select`, test split only. Raises LetheError when that leaves nothing."""
+    rows = select(table)
+    rows = rows[rows["split"] == "test"]
+    if rows.empty:
+        raise LetheError("results table: no rows of the test split; sweeps go to plots.sweep")
+    return rows
+
+
+def pool(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """One row per (by, defense, evidence, metric): the rest (seeds) pooled over summed counts.
+
+    Returns:
+        columns by, defense, evidence, metric, name ("slerp + evidence"), value, n, ci_low,
+        ci_high, seeds (how many); setups in the order met, then plain before evidence, then
+        controls, merges, others. A measurement that stands alone keeps its own interval.
+    """
+    keys = [*by, "defense", "evidence", "metric"]
+    groups = table.groupby(keys, sort=False)
+    out = pd.DataFrame([dict(zip(keys, k, strict=True)) | _pooled(g) for k, g in groups])
+    out["name"] = out["defense"] + out["evidence"].map({0: "", 1: " + evidence"})
+    ranks = {
+        "setup": out.groupby(by, sort=False).ngroup(),
+        "evidence": out["evidence"],
+        "defense": out["defense"].map(in_order(out["defense"]).index),
+    }
+    sequence = pd.DataFrame(ranks).sort_values(list(ranks), kind="stable").index
+    return out.loc[sequence].reset_index(drop=True)
+
+
+def _pooled(group: pd.DataFrame) -> dict[str, float]:
+    seeds = {"seeds": group["seed"].nunique()}
+    if len(group) == 1:
+        return group[NUMBERS].iloc[0].to_dict() | seeds
+    hits, n = round((group["value"] * group["n"]).sum()), int(group["n"].sum())
+    low, high = metrics.wilson(hits, n)
+    return {"value": hits / n, "n": n, "ci_low": low, "ci_high": high} | seeds
+
+
+def by_full_name(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """`pool`, its `defense` being the full name ("slerp + evidence")."""
+    return pool(table, by).drop(columns="defense").rename(columns={"name": "defense"})
+
+
+def in_order(names: pd.Series) -> list[str]:
+    """The defenses present: controls, merges, the others as they are registered, each followed by
+    its variants; what is not registered comes last. Else in the order met."""
+    known = [*CONTROLS, *MERGES, *defenses.REGISTRY]
+
+    def place(name: str) -> int:
+        kind = name if name in known else defenses.registered(name)
+        return known.index(kind) if kind else len(known)
+
+    return sorted(names.unique(), key=place)
