@@ -49,6 +49,13 @@ def papers_model(models: pd.Series) -> pd.Series:
     return models.replace(FULL_MODELS).map(MODELS)
 
 
+def compared(model: str, dataset: str) -> bool:
+    """Whether the paper's Table 2 has rows of this model, or of the one it stands for."""
+    (name,) = papers_model(pd.Series([model]))
+    table = table_2()
+    return bool(((table["model"] == name) & (table["dataset"] == dataset)).any())
+
+
 def beside(ours: pd.DataFrame) -> pd.DataFrame:
     """A table of model, dataset, attack, metric, with `paper: model` and the paper's nine columns
     at its right, as text; blank where the paper has no such row."""

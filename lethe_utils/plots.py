@@ -63,6 +63,7 @@ def finished(
         look = {"loc": "outside lower center", "ncols": columns, "title_fontsize": 7}
         figure.legend(handles=handles, title=title, **look)
     figure.draw_without_rendering()  # ticks take their style when first drawn: now, not later
+    figure.set_layout_engine("none")  # its places stay as they were found
     plt.close(figure)
     return figure
 

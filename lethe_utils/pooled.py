@@ -67,6 +67,17 @@ def _check_runs(table: pd.DataFrame, keys: list[str]) -> None:
         )
 
 
+def one_setup(table: pd.DataFrame, *setup: str) -> pd.DataFrame:
+    """The rows of one model, data set and attack. Raises LetheError when there are none."""
+    rows = table[(table[SETUP] == list(setup)).all(axis=1)]
+    if rows.empty:
+        known = "; ".join(
+            sorted({", ".join(keys) for keys in table[SETUP].itertuples(index=False)})
+        )
+        raise LetheError(f"results table: no rows of {', '.join(setup)}; it has {known}")
+    return rows
+
+
 def on_test(table: pd.DataFrame) -> pd.DataFrame:
     """`select`, test split only. Raises LetheError when that leaves nothing."""
     rows = select(table)
