@@ -1,5 +1,6 @@
 """Tidy results, checked and pooled: what every table and figure starts from."""
 
+import numpy as np
 import pandas as pd
 
 from lethe_utils import defenses, metrics
@@ -96,8 +97,15 @@ def pool(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
         controls, merges, others. A measurement that stands alone keeps its own interval.
     """
     keys = [*by, "defense", "evidence", "metric"]
-    groups = table.groupby(keys, sort=False)
-    out = pd.DataFrame([dict(zip(keys, k, strict=True)) | _pooled(g) for k, g in groups])
+    groups = table.assign(hits=table["value"] * table["n"]).groupby(keys, sort=False)
+    shares = ["value", "ci_low", "ci_high"]
+    out = groups[shares].first().astype(float).reset_index()
+    hits, n = (groups[c].sum().round().astype(int).to_numpy() for c in ("hits", "n"))
+    many = (groups.size() > 1).to_numpy()
+    counts = zip(hits[many].tolist(), n[many].tolist(), strict=True)
+    together = [(hit / of, *metrics.wilson(hit, of)) for hit, of in counts]
+    out.loc[many, shares] = np.array(together).reshape(-1, 3)
+    out["n"], out["seeds"] = n, groups["seed"].nunique().to_numpy()
     out["name"] = out["defense"] + out["evidence"].map({0: "", 1: " + evidence"})
     ranks = {
         "setup": out.groupby(by, sort=False).ngroup(),
@@ -106,15 +114,6 @@ def pool(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     }
     sequence = pd.DataFrame(ranks).sort_values(list(ranks), kind="stable").index
     return out.loc[sequence].reset_index(drop=True)
-
-
-def _pooled(group: pd.DataFrame) -> dict[str, float]:
-    seeds = {"seeds": group["seed"].nunique()}
-    if len(group) == 1:
-        return group[NUMBERS].iloc[0].to_dict() | seeds
-    hits, n = round((group["value"] * group["n"]).sum()), int(group["n"].sum())
-    low, high = metrics.wilson(hits, n)
-    return {"value": hits / n, "n": n, "ci_low": low, "ci_high": high} | seeds
 
 
 def by_full_name(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
