@@ -79,8 +79,8 @@ def parse(words: list[str]) -> argparse.Namespace:
         description="Train a backdoor, dilute it, measure what that bought. Without arguments: "
         "the embedded data on tiny-gpt2, on the CPU, in minutes.",
         epilog="also: ./run_all.sh test (all tests), ./run_all.sh tables (tables and figures from "
-        "the committed results, no training), ./run_all.sh release RUN_ID (a finished run joins them), "
-        "./run_all.sh grid NAME (many runs, see grid --help), "
+        "the committed results, no training), ./run_all.sh release RUN_ID (a finished run joins "
+        "them), ./run_all.sh grid NAME (many runs, see grid --help), "
         "./run_all.sh purify (a model of your own, see purify --help)",
     )
     parser.add_argument(
@@ -317,7 +317,7 @@ def released_tables() -> int:
         errors = process.communicate()[1]
     if process.returncode:
         raise LetheError(f"06_tables failed: {errors.strip().splitlines()[-1]}")
-    print_table(paths.figures_dir() / "headline.csv")
+    print_table(paths.figures_dir() / "drops.csv")
     print(f"figures and tables: {paths.figures_dir()}")
     print(f"page:               {written}")
     print(f"executed notebook:  {out / '06_tables.ipynb'}")
