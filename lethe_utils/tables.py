@@ -280,10 +280,23 @@ def text(frame: pd.DataFrame) -> str:
     cell are left out."""
     shared = [c for c in [*SETUP, "seed"] if c in frame and frame[c].nunique() == 1]
     said = ", ".join(f"{c} {frame[c].iloc[0]}" for c in shared)
-    blank = [c for c in frame if c.startswith(PAPER) and not frame[c].astype(bool).any()]
-    body = _laid_out(frame.drop(columns=[*shared, *blank]), "simple")
+    body = _laid_out(_without_blanks(frame).drop(columns=shared), "simple")
     note = textwrap.fill(tiny_note(frame), 80)
     return "\n\n".join(part for part in (said, body, note) if part)
+
+
+def shown(frame: pd.DataFrame, rows: list[str]) -> pd.DataFrame:
+    """A table as a notebook shows it: what names its rows stands before them, once; no cell breaks
+    over lines; columns of the paper's without a cell are left out."""
+    return (
+        _without_blanks(frame)
+        .map(lambda cell: cell.replace(" ", "\N{NO-BREAK SPACE}"))
+        .set_index(rows)
+    )
+
+
+def _without_blanks(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[[c for c in frame if not c.startswith(PAPER) or frame[c].astype(bool).any()]]
 
 
 def markdown(frame: pd.DataFrame, bold: pd.DataFrame | None = None) -> str:
