@@ -62,7 +62,8 @@ def _facets(scored: pd.DataFrame, by: list[str]) -> tuple[str, dict[str, pd.Data
 
 
 def _grid(panels: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel per facet on shared axes; size: of one, in inches."""
+    """A figure with a panel per facet; size: of one, in inches. The axes are shared: what is set on
+    the first holds for all."""
     columns = min(columns, panels)
     lines = -(-panels // columns)
     figure = new_figure(0.6 + size[1] * lines, max(WIDTH, size[0] * columns))
@@ -104,6 +105,9 @@ def bars(table: pd.DataFrame) -> Figure:
         for ax, (metric, title, group) in zip(axes, drawn, strict=True):
             _bar_panel(ax, group[group["metric"] == metric], names)
             ax.set(title=title, xlabel=METRICS[metric]["label"])
+        axes[0].set_yticks(range(len(names)), names)
+        axes[0].set(xlim=(0, 1), xticks=[0, 0.5, 1], xticklabels=["0", ".5", "1"])
+        axes[0].set_ylim(len(names) - 0.5, -0.5)
         evidence = sorted(rows["evidence"].unique())
         return finished(figure, [Patch(lw=0.3, **EVIDENCE[e]) for e in evidence])
 
@@ -118,9 +122,6 @@ def _bar_panel(ax: Axes, scored: pd.DataFrame, names: list[str]) -> None:
         look = EVIDENCE[evidence] | {"lw": 0.3, "error_kw": error}
         ax.barh(y, group["value"], thick * 0.92, xerr=_whiskers(group), **look)
         _numbers(ax, y, group["value"].map(number))
-    ax.set_yticks(range(len(names)), names)
-    ax.set(xlim=(0, 1), xticks=[0, 0.5, 1], xticklabels=["0", ".5", "1"])
-    ax.set_ylim(len(names) - 0.5, -0.5)
     ax.grid(False, axis="y")
 
 
@@ -154,9 +155,10 @@ def sweep(sweeps: pd.DataFrame, kind: str) -> Figure:
         for ax, (title, group) in zip(axes, panels.items(), strict=True):
             for metric, look in METRICS.items():
                 curve(ax, group[group["metric"] == metric].sort_values("x"), "x", look)
-            ax.set_xticks(sorted(scored["x"].unique()))
-            ax.xaxis.set_major_formatter("{x:g}")
-            ax.set(title=title, ylim=(-0.05, 1.05), yticks=[0, 0.25, 0.5, 0.75, 1])
+            ax.set_title(title)
+        axes[0].set_xticks(sorted(scored["x"].unique()))
+        axes[0].xaxis.set_major_formatter("{x:g}")
+        axes[0].set(ylim=(-0.05, 1.05), yticks=[0, 0.25, 0.5, 0.75, 1])
         return finished(figure, axes[0].get_lines(), title=f"x: {SWEEPS[kind]}")
 
 
@@ -183,8 +185,9 @@ def attacks(table: pd.DataFrame) -> Figure:
                 y = points["attack"].map(kinds.index) + (i - 2) * 0.15
                 spread = {"xerr": _whiskers(points), "elinewidth": 0.8, "ms": 3}
                 ax.errorbar(points["value"], y, **spread, **look, ls="", label=name)
-            ax.set_yticks(range(len(kinds)), kinds)
-            ax.set(title=title, xlim=(-0.03, 1.03), ylim=(len(kinds) - 0.5, -0.5))
+            ax.set_title(title)
+        axes[0].set_yticks(range(len(kinds)), kinds)
+        axes[0].set(xlim=(-0.03, 1.03), ylim=(len(kinds) - 0.5, -0.5))
         return finished(figure, axes[0].get_legend_handles_labels()[0], 5)
 
 
