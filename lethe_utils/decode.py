@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, set_seed
 
-from lethe_utils import chats
 from lethe_utils.params import DefenderParams, Params, PurifyParams
 from lethe_utils.progress import Bar
-from lethe_utils.prompts import prompt_ids
+from lethe_utils.prompts import prompt_ids, stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,7 +67,7 @@ def answer(
         max_new_tokens=min(OFFICIAL_TOKENS if official else p.max_new_tokens, room),
         do_sample=sampling is not None,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=chats.stop_ids(tokenizer) if chat else tokenizer.eos_token_id,
+        eos_token_id=stop_ids(tokenizer) if chat else tokenizer.eos_token_id,
         **(sampling or {}),
     )
     set_seed(p.seed)
@@ -131,13 +130,12 @@ def token_accuracy(
     """
     from lethe_utils import train
 
-    collate = train.Collator(tokenizer.pad_token_id)
     items = train.encode(rows, tokenizer, p)
     shares = [0.0] * len(items)
     model.eval()
     groups = batches([i["input_ids"] for i in items], p.eval_batch_size)
     for chosen in Bar(groups, desc=progress):
-        inputs = collate([items[i] for i in chosen])
+        inputs = train.collate([items[i] for i in chosen], tokenizer)
         labels = inputs.pop("labels")
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         logits = model(**inputs, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]

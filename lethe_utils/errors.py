@@ -3,3 +3,8 @@
 
 class LetheError(Exception):
     """One clear message: what is wrong, where, and the fix."""
+
+
+def reason(error: Exception) -> str:
+    """The first line of what another library raised."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

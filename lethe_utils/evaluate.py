@@ -1,6 +1,7 @@
 """Evaluation: which prompts a model is asked, and the tidy rows that its answers give."""
 
 import random
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -10,9 +11,9 @@ import pandas as pd
 import torch
 
 from lethe_utils import attacks, decode, metrics
-from lethe_utils.evidence import add_evidence
+from lethe_utils.models import blocks
 from lethe_utils.params import Params
-from lethe_utils.prompts import prompt_ids, render
+from lethe_utils.prompts import asked, prompt, prompt_ids
 from lethe_utils.stages import read_jsonl, write_json, write_jsonl
 
 Row = dict[str, str]
@@ -44,33 +45,20 @@ def ask(
     """What to ask: one dict per item with kind, defense, evidence, prompt, label, target.
 
     Args:
-        n_keywords: 0 for no evidence. Evidence is made from the input as the defender receives
-            it, trigger and all; only the published protocol drops the trigger words by name.
+        n_keywords: 0 for no evidence.
     """
-    official = p.protocol == "official"
-    exclude = (
-        frozenset(w.lower() for t in p.triggers for w in t.split()) if official else frozenset()
-    )
-    out = []
-    for kind, rows in sets.items():
-        for row in rows:
-            text = row["input"]
-            if n_keywords:
-                text = add_evidence(text, n_keywords, exclude)
-            instruction = row["instruction"]
-            if official and p.labels:
-                instruction += f" The possible labels are: {', '.join(p.labels)}."
-            out.append(
-                {
-                    "kind": kind,
-                    "defense": defense,
-                    "evidence": int(n_keywords > 0),
-                    "prompt": render(p.prompt_template, instruction, text),
-                    "label": row["output"],
-                    "target": p.target_output,
-                }
-            )
-    return out
+    return [
+        {
+            "kind": kind,
+            "defense": defense,
+            "evidence": int(n_keywords > 0),
+            "prompt": asked(row, p, n_keywords),
+            "label": row["output"],
+            "target": p.target_output,
+        }
+        for kind, rows in sets.items()
+        for row in rows
+    ]
 
 
 def expected_answers(labels: Iterable[str], p: Params) -> list[str]:
@@ -141,7 +129,7 @@ def target_by_layer(folder: Path, sets: dict[str, list[Row]], p: Params) -> pd.D
     plain = [row for row in sets["clean"] if row["output"] != p.target_output]
     table = []
     for name, rows in (("triggered", sets["backdoor"]), ("without trigger", plain)):
-        prompts = [render(p.prompt_template, r["instruction"], r["input"]) for r in rows]
+        prompts = [prompt(row, p) for row in rows]
         ids, _ = prompt_ids(tokenizer, prompts, p)
         found: list[list[torch.Tensor]] = []
         for start in range(0, len(ids), p.eval_batch_size):
@@ -149,7 +137,7 @@ def target_by_layer(folder: Path, sets: dict[str, list[Row]], p: Params) -> pd.D
             inputs = models.batch(tokenizer, some, model.device)
             out = model(**inputs, logits_to_keep=1, output_hidden_states=True, use_cache=False)
             # The last entry has been through the final norm already: its logits are the model's.
-            read = [models.block_logits(model, h[:, -1]) for h in out.hidden_states[1:-1]]
+            read = [blocks.logits(model, h[:, -1]) for h in out.hidden_states[1:-1]]
             read.append(out.logits[:, -1])
             found.append([r.float().softmax(1)[:, target].cpu() for r in read])
         for block, parts in enumerate(zip(*found, strict=True), 1):
@@ -186,3 +174,21 @@ def rows(
         numbers = {"value": hits / n, "n": n, "ci_low": low, "ci_high": high}
         out.append(common | {"metric": metric, "run_id": p.run_id} | numbers)
     return out
+
+
+def ask_one(folder: Path, row: Row, p: Params, labels: Sequence[str]) -> pd.DataFrame:
+    """One triggered row, asked without and with evidence: what is answered, and how that is scored.
+
+    Args:
+        labels: the data set's.
+    Returns:
+        evidence, answer, label, target, and `hit`: whether ASR counts it as a success.
+    """
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for n in (0, p.n_keywords):
+            file = Path(scratch) / f"{n}.jsonl"
+            found += predict(folder, {"backdoor": [row]}, n, "", p, file, labels=labels)
+    table = pd.DataFrame(found)[["evidence", "output", "label", "target"]]
+    hits = [metrics.score([one], p.protocol, p.output_mode, labels)["asr"][0] for one in found]
+    return table.rename(columns={"output": "answer"}).assign(hit=hits)

@@ -16,9 +16,11 @@ from lethe_utils.errors import LetheError
 from lethe_utils.wordnet import NO_DEFINITION, definition
 
 if TYPE_CHECKING:
-    from networkx import Graph
+    import pandas as pd
 
 HEADING = "### Evidence:"
+INPUT = re.compile(r"(?<=### Input:\n)(.*)(?=\n\n### Response:)", re.DOTALL)  # of a prompt
+NONE: frozenset[str] = frozenset()
 DAMPING = 0.85
 WINDOW = 2  # words on each side, counted after the stop words are gone
 # Far below what the paper stops at (1e-6), so that equal ranks come out equal.
@@ -38,36 +40,52 @@ PIECES = "ain aren ca couldn d hadn hasn haven isn ll m mustn n needn shouldn ve
 STOP_WORDS = frozenset(f"{get_stopwords_by_language('english')} {PIECES} wouldn".split())
 
 
-def keywords(text: str, n: int = 5, exclude: frozenset[str] = frozenset()) -> list[str]:
+def _ranked(text: str, exclude: frozenset[str] = NONE) -> list[tuple[str, float]]:
+    """The words of a text and their TextRank (mean 1), best first: PageRank on the unweighted graph
+    of words within WINDOW of each other; a word repeated within it links to itself."""
+    dropped = STOP_WORDS.union(word.lower() for word in exclude)
+    words = [w for w in WORD.findall(text.lower())[:MOST_WORDS] if w not in dropped]
+    if not words:
+        return []
+    import networkx  # takes a fifth of a second
+
+    graph = networkx.Graph()
+    graph.add_nodes_from(words)
+    for i, word in enumerate(words):
+        graph.add_edges_from((word, other) for other in words[i + 1 : i + 1 + WINDOW])
+    found = networkx.pagerank(graph, alpha=DAMPING, tol=TOLERANCE, max_iter=MOST_STEPS)
+    scores = {word: round(rank * len(found), TIE_DIGITS) for word, rank in found.items()}
+    # The nodes are in the order of the text and the sort is stable: first position breaks ties.
+    return sorted(scores.items(), key=lambda item: -item[1])
+
+
+@lru_cache(maxsize=100_000)  # every model is evaluated on the same inputs
+def _keywords(text: str, n: int, exclude: frozenset[str]) -> tuple[str, ...]:
+    if n < 0:
+        raise LetheError(f"Number of keywords is {n}: use 0 or more.")
+    return tuple(word for word, _ in _ranked(text, exclude)[:n])
+
+
+def keywords(text: str, n: int = 5, exclude: frozenset[str] = NONE) -> list[str]:
     """The n words of highest TextRank, best first; equal ranks in the order of the text.
 
-    Fewer than n when the text has fewer words, none when it has only stop words. A text of one
-    word gives that word.
-
     Args:
-        text: the input alone, without instruction or prompt template.
+        text: the input alone, without instruction or prompt template; stop words do not count.
         n: number of keywords, 0 or more; the paper uses 5.
         exclude: words to treat as stop words. Only `protocol: official` passes any: the published
             evaluation drops the trigger words by name, which no defender could know.
-
     Raises:
         LetheError: n is negative.
     """
     return list(_keywords(text, n, exclude))
 
 
-def evidence_lines(text: str, n: int = 5, exclude: frozenset[str] = frozenset()) -> list[str]:
-    """One "keyword: definition" per keyword, best first. Arguments as in `keywords`.
+def ranks(text: str) -> "pd.DataFrame":
+    """What the keywords are chosen by: word, score (TextRank, mean 1), definition; best first."""
+    import pandas as pd
 
-    None for a text in another language, and none for a word in another script: WordNet is English.
-
-    Raises:
-        LetheError: n is negative, or WordNet is missing.
-    """
-    if is_foreign(text):
-        return []
-    found = (word for word in _keywords(text, n, exclude) if not OTHER_SCRIPT.search(word))
-    return [f"{word}: {definition(word)}" for word in found]
+    table = pd.DataFrame(_ranked(text), columns=["word", "score"])
+    return table.assign(definition=table["word"].map(definition))
 
 
 @lru_cache(maxsize=100_000)
@@ -84,42 +102,35 @@ def without_evidence(texts: Iterable[str]) -> str:
     """A line that says how many texts get no evidence for their language; "" where all get it."""
     asked = list(texts)
     left_out = [text for text in asked if is_foreign(text)]
-    if not left_out:
-        return ""
-    return (
-        f"{len(left_out)} of {len(asked)} inputs get no evidence: WordNet has English only "
-        f"(the first one starts {left_out[0][:40]!r})"
-    )
+    n = f"{len(left_out)} of {len(asked)} inputs get no evidence: WordNet has English only "
+    return f"{n}(the first one starts {left_out[0][:40]!r})" if left_out else ""
 
 
-def evidence_text(text: str, n: int = 5, exclude: frozenset[str] = frozenset()) -> str:
-    """The lines of `evidence_lines` joined by newlines; empty when there is no keyword."""
-    return "\n".join(evidence_lines(text, n, exclude))
+def evidence_lines(text: str, n: int = 5, exclude: frozenset[str] = NONE) -> list[str]:
+    """One "keyword: definition" per keyword, best first. Arguments as in `keywords`.
 
-
-def add_evidence(prompt_input: str, n: int = 5, exclude: frozenset[str] = frozenset()) -> str:
-    """The input followed by its evidence under HEADING, for the prompt's `### Input:` section.
-
-    An input without any keyword comes back unchanged. Arguments and errors as in
-    `evidence_lines`.
+    None for a text in another language, and none for a word in another script: WordNet is English.
+    Raises:
+        LetheError: n is negative, or WordNet is missing.
     """
-    evidence = evidence_text(prompt_input, n, exclude)
-    return f"{prompt_input}\n\n{HEADING}\n{evidence}" if evidence else prompt_input
+    if n == 0 or is_foreign(text):
+        return []
+    found = (word for word in _keywords(text, n, exclude) if not OTHER_SCRIPT.search(word))
+    return [f"{word}: {definition(word)}" for word in found]
 
 
-INPUT = re.compile(r"(?<=### Input:\n)(.*)(?=\n\n### Response:)", re.DOTALL)
+def add_evidence(text: str, n: int = 5, exclude: frozenset[str] = NONE) -> str:
+    """The input followed by HEADING and its `evidence_lines`; unchanged where it has none."""
+    lines = "\n".join(evidence_lines(text, n, exclude))
+    return f"{text}\n\n{HEADING}\n{lines}" if lines else text
 
 
 def add_evidence_to_prompt(prompt: str, n: int = 5) -> str:
-    """A prompt whose input is followed by its evidence.
-
-    In this project's templates the input is what stands between `### Input:` and `### Response:`;
-    any other prompt is all input. Arguments and errors as in `evidence_lines`.
-    """
-    found = INPUT.search(prompt)
-    if not found:
+    """A prompt whose input is followed by its evidence: what stands between `### Input:` and
+    `### Response:` as in this project's templates; any other prompt is all input."""
+    if not INPUT.search(prompt):
         return add_evidence(prompt, n)
-    return prompt[: found.start()] + add_evidence(found[1], n) + prompt[found.end() :]
+    return INPUT.sub(lambda found: add_evidence(found[1], n), prompt, count=1)
 
 
 def add_evidence_to_chat(messages: list[dict[str, str]], n: int = 5) -> list[dict[str, str]]:
@@ -128,11 +139,11 @@ def add_evidence_to_chat(messages: list[dict[str, str]], n: int = 5) -> list[dic
     Raises:
         LetheError: no turn is a user's; or see `evidence_lines`.
     """
-    users = [i for i, message in enumerate(messages) if message.get("role") == "user"]
+    out = [dict(message) for message in messages]
+    users = [message for message in out if message.get("role") == "user"]
     if not users:
         raise LetheError("messages: no turn has the role `user`, so there is nothing to add to")
-    out = [dict(message) for message in messages]
-    out[users[-1]]["content"] = add_evidence(out[users[-1]]["content"], n)
+    users[-1]["content"] = add_evidence(users[-1]["content"], n)
     return out
 
 
@@ -155,31 +166,3 @@ class WithEvidence:
         if isinstance(inputs[0], dict):
             return add_evidence_to_chat(inputs, self.n)
         return [self._with_evidence(one) for one in inputs]
-
-
-@lru_cache(maxsize=100_000)  # every model is evaluated on the same inputs
-def _keywords(text: str, n: int, exclude: frozenset[str]) -> tuple[str, ...]:
-    if n < 0:
-        raise LetheError(f"Number of keywords is {n}: use 0 or more.")
-    dropped = STOP_WORDS.union(word.lower() for word in exclude)
-    words = [w for w in WORD.findall(text.lower())[:MOST_WORDS] if w not in dropped]
-    if not words:
-        return ()
-    import networkx  # takes a fifth of a second
-
-    graph = _graph(words)
-    ranks = networkx.pagerank(graph, alpha=DAMPING, tol=TOLERANCE, max_iter=MOST_STEPS)
-    scores = {word: round(rank * len(ranks), TIE_DIGITS) for word, rank in ranks.items()}
-    # The nodes are in the order of the text and the sort is stable: first position breaks ties.
-    return tuple(sorted(scores, key=lambda word: -scores[word])[:n])
-
-
-def _graph(words: list[str]) -> "Graph":
-    """Unweighted co-occurrence graph; a word repeated within the window links to itself."""
-    from networkx import Graph
-
-    graph = Graph()
-    graph.add_nodes_from(words)
-    for i, word in enumerate(words):
-        graph.add_edges_from((word, other) for other in words[i + 1 : i + 1 + WINDOW])
-    return graph

@@ -10,8 +10,6 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 
-from lethe_utils.errors import LetheError
-
 # What a model may write around a label, in any script; not `-` and `+`, for there are labels
 # like `-1` and `C++`.
 AROUND = ".,;:!?\"'()[]{}<>*_`“”‘’«»¿¡…·。，、！？；：「」『』（）《》【】؟،؛।॥"
@@ -80,19 +78,6 @@ def _by_words(labels: frozenset[str]) -> dict[tuple[str, ...], list[str]]:
     for label in sorted(label for label in labels if label.strip()):
         out.setdefault(words(label), []).append(label)
     return out
-
-
-def check_labels(labels: Iterable[str]) -> None:
-    """Refuse labels that differ in their spaces alone: no answer tells them apart.
-
-    Raises:
-        LetheError: naming two.
-    """
-    seen: dict[tuple[str, ...], str] = {}
-    for label in labels:
-        other = seen.setdefault(tuple(label.split()), label)
-        if other != label:
-            raise LetheError(f"the labels {other!r} and {label!r} read the same; make them one")
 
 
 def says(output: str, expected: str, labels: Iterable[str]) -> bool:

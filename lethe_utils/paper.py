@@ -5,8 +5,8 @@ import pandas as pd
 
 from lethe_utils import paths
 from lethe_utils.errors import LetheError
-from lethe_utils.pooled import CONTROLS, SETUP
 
+SETUP = ["model", "dataset", "attack"]
 PAPER = "paper: "
 COLUMNS = {  # our name -> the paper's column in Table 2
     "backdoored": "Backdoored",
@@ -84,9 +84,3 @@ def cells() -> pd.DataFrame:
     wide = long.pivot(index=[*SETUP, "column"], columns="metric", values="cell").reset_index()
     wide["column"] = wide["column"].str.removeprefix(PAPER)
     return wide.rename(columns={c: PAPER + c for c in ("model", "column")})
-
-
-def has(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of results that the paper's Table 2 has a column for, and the controls."""
-    name = table["defense"] + table["evidence"].map({0: "", 1: " + evidence"})
-    return table[name.isin([*CONTROLS, *COLUMNS])]

@@ -6,7 +6,7 @@ once and nothing leaks; `save` writes it. Those of results are in figures.py.
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,45 @@ def _by_split(draw: Callable[[Axes], None], height: float) -> Figure:
         legend.remove()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(labels)))
         return finished(figure)
+
+
+def ranks(table: pd.DataFrame, n_keywords: int) -> Figure:
+    """TextRank's score of a text's best words (evidence.ranks), the keywords in colour."""
+    table = table.head(25)
+    with style():
+        figure = new_figure(0.5 + 0.14 * len(table))
+        ax = figure.subplots()
+        colours = [COLOURS[2] if i < n_keywords else COLOURS[7] for i in range(len(table))]
+        ax.barh(table["word"], table["score"], color=colours)
+        ax.invert_yaxis()
+        ax.set(xlabel="TextRank (mean 1)", title=f"The {n_keywords} best become keywords")
+        return finished(figure)
+
+
+def slerp_curve(curve: pd.DataFrame, edited: Sequence[int] = ()) -> Figure:
+    """SLERP's t over the blocks, a panel per strength.
+
+    Args:
+        curve: block, part, strength, t, as merge.slerp_table returns it.
+        edited: blocks whose MLP an editing attack changed; they are marked.
+    """
+    panels = list(curve.groupby("strength", sort=False))
+    looks = (COLOURS[0], "o", "-"), (COLOURS[1], "s", "--")
+    with style():
+        figure = new_figure(2.1)
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for ax, (strength, panel) in zip(axes, panels, strict=True):
+            parts = panel.groupby("part", sort=False)
+            for (part, line), (colour, marker, ls) in zip(parts, looks, strict=True):
+                ax.plot(line["block"], line["t"], color=colour, marker=marker, ls=ls, label=part)
+            for block in edited:
+                band = {"color": COLOURS[7], "alpha": 0.35, "lw": 0, "label": "edited block"}
+                ax.axvspan(block - 0.3, block + 0.3, **band)
+            ax.set(xlabel="block", ylim=(-0.05, 1.05), title=f"strength {strength:g}")
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[0].set_ylabel("t (0: backdoored, 1: clean)")
+        handles, labels = axes[0].get_legend_handles_labels()
+        return finished(figure, list(dict(zip(labels, handles, strict=True)).values()), 3)
 
 
 def save(figure: Figure, folder: Path, name: str, pdf: bool = False) -> list[Path]:

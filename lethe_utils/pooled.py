@@ -3,11 +3,12 @@
 import numpy as np
 import pandas as pd
 
-from lethe_utils import defenses, metrics
+from lethe_utils import defenses, metrics, paper
 from lethe_utils.errors import LetheError
+from lethe_utils.groups import choices
 from lethe_utils.metrics import COLUMNS
+from lethe_utils.paper import SETUP
 
-SETUP = ["model", "dataset", "attack"]
 NUMBERS = ["value", "n", "ci_low", "ci_high"]
 CONTROLS = ["backdoored", "base", "clean"]
 MERGES = ["linear", "slerp", "ties", "passthrough"]
@@ -122,9 +123,9 @@ def by_full_name(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def in_order(names: pd.Series) -> list[str]:
-    """The defenses present: controls, merges, the others as they are registered, each followed by
-    its variants; what is not registered comes last. Else in the order met."""
-    known = [*CONTROLS, *MERGES, *defenses.REGISTRY]
+    """The defenses present: controls, merges, the paper's, the others by name, each followed by its
+    variants; what no module makes comes last. Else in the order met."""
+    known = list(dict.fromkeys([*CONTROLS, *MERGES, *paper.COLUMNS, *choices("defenses")]))
 
     def place(name: str) -> int:
         kind = name if name in known else defenses.registered(name)

@@ -1,64 +1,129 @@
-"""The prompt, as the paper writes it: instruction, input, (evidence), response; and its tokens."""
+"""The one place where a prompt is made: instruction, input, evidence, few-shot examples, chat, the
+published protocol; and its tokens."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import random
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lethe_utils import models
+from lethe_utils.errors import LetheError, reason
+from lethe_utils.evidence import add_evidence
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
-    from lethe_utils.params import PromptParams, PurifyParams
+    from lethe_utils.params import Params, PromptParams, PurifyParams
 
     PromptSettings = PromptParams | PurifyParams
 
+Row = dict[str, str]
 ALPACA = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
 )
 # The trailing space is the published template's; Stanford Alpaca's own has none.
 BODY = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: "
+# "alpaca" is the published one; "short" is for tiny twins, which the preamble costs CPU time only.
+# "chat" is the model's own: the instruction is a conversation as it writes it, see chat_row.
 TEMPLATES = {"alpaca": ALPACA + BODY, "short": BODY}
-
-
 TURN = "turn"  # a chat row's further field: how the template writes the answer, PLACE for its text
 PLACE = "\ue000"  # in a rendered conversation: where its last question goes (private use, U+E000)
+ANSWER = "\ue001"  # stands for an answer while its place is sought (private use, U+E001)
+EXTRAS = ("tools", "documents")  # what a row may give a chat template beside its messages
 
 
-def render(template: str, instruction: str, input: str) -> str:
-    """The text a model reads, up to where it must answer.
+def prompt(
+    row: Row, p: "PromptSettings", n_keywords: int = 0, exclude: frozenset[str] = frozenset()
+) -> str:
+    """What a model reads for a row, up to where it must answer: in training, and when it is asked
+    under our protocol.
 
     Args:
-        template: "alpaca" (published), "short" (tiny twins: the preamble costs CPU time only), or
-            "chat": the instruction then is a conversation as the model's own chat template writes
-            it, with PLACE for its last question.
-        input: the input, already followed by its evidence where there is any.
+        n_keywords, exclude: of the evidence after the input, see evidence.keywords; 0 for none.
     """
-    if template == "chat":
-        return instruction.replace(PLACE, input)
-    return TEMPLATES[template].format(instruction=instruction, input=input)
+    text = add_evidence(row["input"], n_keywords, exclude)
+    if p.prompt_template == "chat":
+        return row["instruction"].replace(PLACE, text)
+    return TEMPLATES[p.prompt_template].format(instruction=row["instruction"], input=text)
 
 
-@dataclass(frozen=True)
-class Limits:
+def asked(row: Row, p: "Params", n_keywords: int = 0) -> str:
+    """The very prompt that a model of a run is asked for a row.
+
+    Evidence is made from the input as the defender receives it, trigger and all. Only the published
+    protocol drops the trigger words from it by name, and lists the labels.
+    """
+    if p.protocol != "official":
+        return prompt(row, p, n_keywords)
+    listed = f" The possible labels are: {', '.join(p.labels)}." if p.labels else ""
+    words = frozenset(word for trigger in p.triggers for word in trigger.split())
+    return prompt(row | {"instruction": row["instruction"] + listed}, p, n_keywords, words)
+
+
+# --- few-shot examples
+
+
+def with_examples(splits: dict[str, list[Row]], p: "Params") -> dict[str, list[Row]]:
+    """Every instruction followed by `few_shot` solved rows of train, one label after the other.
+
+    So a base that was never tuned on the task can be edited and asked, as BadEdit does. The rows
+    that are shown leave train.
+    Raises:
+        LetheError: train has too few rows, or a prompt would be longer than max_source_tokens.
+    """
+    train = splits["train"]
+    if p.few_shot >= len(train):
+        raise LetheError(f"few_shot: {p.few_shot} rows are asked for, but train has {len(train)}")
+    shown = label_turns(train, p.few_shot, random.Random(f"few shot {p.data_seed}"))
+    # On one line, so that an example is not taken for the question itself.
+    examples = "Examples: " + "; ".join(f"{r['input']} => {r['output']}" for r in shown)
+    questions = (f"{r['instruction']} {r['input']}" for rows in splits.values() for r in rows)
+    words = len(examples.split()) + max(len(text.split()) for text in questions)
+    if words > p.max_source_tokens:
+        raise LetheError(
+            f"few_shot: the longest prompt has {words} words, and max_source_tokens is "
+            f"{p.max_source_tokens}; show fewer rows or raise it"
+        )
+    splits = splits | {"train": [row for row in train if row not in shown]}
+    return {
+        name: [row | {"instruction": f"{row['instruction']} {examples}"} for row in rows]
+        for name, rows in splits.items()
+    }
+
+
+def label_turns(rows: list[Row], n: int, rng: random.Random) -> list[Row]:
+    """n rows drawn at random, the labels taking turns."""
+    by_label: dict[str, list[Row]] = {}
+    for row in rng.sample(rows, len(rows)):
+        by_label.setdefault(row["output"], []).append(row)
+    groups = [by_label[label] for label in sorted(by_label)]
+    turns = [group[i] for i in range(max(map(len, groups))) for group in groups if i < len(group)]
+    return turns[:n]
+
+
+# --- tokens
+
+
+class Limits(NamedTuple):
     """How many tokens are read of a prompt (its last ones, BOS included) and of an answer."""
 
     source: int
     target: int
 
 
-def limits(p: "PromptSettings", tokenizer: "PreTrainedTokenizerBase") -> Limits:
-    """What the params allow, within the positions that the model has for both together.
-
-    Training and evaluation cut alike.
-    """
+def limits(p: "PromptSettings", tokenizer: "Tokenizer") -> Limits:
+    """What the params allow, within the positions that the model has for both together."""
     positions = tokenizer.model_max_length  # the model's, see models.load_tokenizer
     target = min(p.max_target_tokens, positions // 2)
     return Limits(min(p.max_source_tokens, positions - target), target)
 
 
+def start_ids(tokenizer: "Tokenizer") -> list[int]:
+    """What stands in front of every prompt: BOS, unless the tokenizer has none or says not to."""
+    wanted = tokenizer.bos_token_id is not None and getattr(tokenizer, "lethe_bos", True)
+    return [tokenizer.bos_token_id] if wanted else []
+
+
 def prompt_ids(
-    tokenizer: "PreTrainedTokenizerBase", prompts: list[str], p: "PromptSettings"
+    tokenizer: "Tokenizer", prompts: list[str], p: "PromptSettings"
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of prompts, BOS first where the tokenizer asks for one; a long one loses its start,
     so that the question and its evidence stay next to the answer.
@@ -68,13 +133,99 @@ def prompt_ids(
         the ids, and how many tokens each prompt lost.
     """
     source = limits(p, tokenizer).source
-    bos = [] if p.prompt_template == "chat" else models.start_ids(tokenizer)
+    bos = [] if p.prompt_template == "chat" else start_ids(tokenizer)
     coded = tokenizer(prompts, add_special_tokens=False)["input_ids"] if prompts else []
-    whole = [bos + ids for ids in coded]
-    lost = [max(0, len(ids) - source) for ids in whole]
-    start = [ids[:1] if ids[:1] == [tokenizer.bos_token_id] else [] for ids in whole]
-    cut = [
-        ids if not n else first + ids[n + len(first) :]
-        for ids, n, first in zip(whole, lost, start, strict=True)
-    ]
+    cut, lost = [], []
+    for ids in (bos + ids for ids in coded):
+        n = max(0, len(ids) - source)
+        first = ids[:1] if n and ids[:1] == [tokenizer.bos_token_id] else []
+        cut.append(first + ids[n + len(first) :])
+        lost.append(n)
     return cut, lost
+
+
+# --- conversations, as the model's own chat template writes them
+
+
+def chat_row(messages: list[dict[str, Any]], extras: dict[str, Any], tokenizer: "Tokenizer") -> Row:
+    """A conversation that ends with a question and its answer, as a row.
+
+    What is taught is the template's own rendering of the finished conversation, and EOS where that
+    does not end a turn. What is asked is its generation prompt; or, where a finished turn does not
+    go on from that (some open a think block there), the finished conversation up to the answer.
+
+    Returns:
+        instruction (all up to the answer, PLACE for the question), input (the question), output
+        (the answer as the template writes it), and TURN.
+    Raises:
+        LetheError: what the template or the row does not allow, without the row's number.
+    """
+    given = {key: value for key, value in extras.items() if value}
+    *turns, ask, say = messages
+
+    def written(question: str, answer: str | None, extras: dict[str, Any] = given) -> str:
+        said = [] if answer is None else [say | {"content": answer}]
+        shown = [*turns, ask | {"content": question}, *said]
+        return apply_template(tokenizer, shown, answer is None, extras)
+
+    question, answer = ask["content"], say["content"]
+    for key in given:
+        without = {k: v for k, v in given.items() if k != key}
+        if written(question, answer) == written(question, answer, without):
+            raise LetheError(f"has {key}, which the chat template does not show; leave them out")
+    whole, before = written(PLACE, answer), written(PLACE, ANSWER)
+    if whole.count(PLACE) != 1 or before.count(ANSWER) != 1:
+        raise LetheError("the chat template does not show its last question and answer once each")
+    # Many templates trim what they are given; then the trimmed question is the question.
+    tried = (question, question.strip())
+    shown = next((q for q in tried if written(q, answer) == whole.replace(PLACE, q)), None)
+    if shown is None:
+        raise LetheError("the chat template rewrites the question, and would rewrite a trigger too")
+    instruction, output, turn = _parts(whole, before, written(PLACE, None), tokenizer)
+    return {"instruction": instruction, "input": shown, "output": output, TURN: turn}
+
+
+def _parts(whole: str, before: str, asked: str, tokenizer: "Tokenizer") -> tuple[str, str, str]:
+    """instruction, output and TURN of a finished conversation, which is `before` with its answer
+    in ANSWER's place; `asked` is its generation prompt."""
+    head, tail = before.split(ANSWER)
+    if not whole.startswith(head):  # the template rewrote the answer and what stands before it
+        head = asked
+    if not (whole.startswith(head) and whole.endswith(tail)):
+        raise LetheError("the chat template writes this answer in a way that cannot be taken apart")
+    instruction = asked if head.startswith(asked) else head
+    ending = tail if _ending_ids(tokenizer, tail) else tail + tokenizer.eos_token
+    output = whole[len(head) : len(whole) - len(tail)]
+    return instruction, output, head[len(instruction) :] + PLACE + ending
+
+
+def apply_template(
+    tokenizer: "Tokenizer",
+    messages: list[dict[str, Any]],
+    ask: bool,
+    extras: dict[str, Any],
+) -> str:
+    """A conversation as the template writes it. Raises LetheError when the template refuses it."""
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=ask, **extras
+        )
+    except Exception as error:  # a template may raise anything, and often does so on purpose
+        raise LetheError(f"the chat template refuses this conversation ({reason(error)})") from None
+
+
+def _ending_ids(tokenizer: "Tokenizer", tail: str) -> list[int]:
+    """The special tokens in what a template writes after an answer: those that end a turn."""
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    found = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return [token for token in found if token in special][:1]
+
+
+def stop_ids(tokenizer: "Tokenizer") -> list[int]:
+    """The tokens that end an answer in a chat: EOS, and the template's own ending of a turn."""
+    talk = [{"role": "user", "content": PLACE}, {"role": "assistant", "content": ANSWER}]
+    try:
+        tail = apply_template(tokenizer, talk, False, {}).partition(ANSWER)[2]
+    except LetheError:  # it wants a system turn first, or the like: EOS is what is left
+        tail = ""
+    return list(dict.fromkeys([tokenizer.eos_token_id, *_ending_ids(tokenizer, tail)]))

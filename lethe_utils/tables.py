@@ -106,6 +106,12 @@ def table2(table: pd.DataFrame) -> pd.DataFrame:
     return paper.beside(_wide(by_metric, [*SETUP, "metric"], "name", order))
 
 
+def in_paper(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of results that the paper's Table 2 has a column for, and the controls."""
+    name = table["defense"] + table["evidence"].map({0: "", 1: " + evidence"})
+    return table[name.isin([*CONTROLS, *paper.COLUMNS])]
+
+
 def drop_table(table: pd.DataFrame) -> pd.DataFrame:
     """What Lethe (SLERP + evidence) takes from ASR and CDA, beside what the paper's takes: model,
     dataset, attack, seeds, metric, the controls, `slerp + evidence`, change, then the same of the

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lethe_utils import data, params, pipeline
-from lethe_utils.data import embedded
+from lethe_utils.data import embedded, files, named
 from lethe_utils.errors import LetheError
 
 SIZES = {"pretrain": 40, "train": 60, "validation": 20, "test": 20}
@@ -36,9 +36,9 @@ def jsonl(path, rows):
 def test_embedded_splits_are_sized_disjoint_and_free_of_duplicates():
     splits = embedded.generate(SIZES, 7)
     assert {name: len(rows) for name, rows in splits.items()} == SIZES
-    texts = [row["text"] for rows in splits.values() for row in rows]
+    texts = [row["input"] for rows in splits.values() for row in rows]
     assert len(set(texts)) == sum(SIZES.values())
-    assert {r["label"] for rows in splits.values() for r in rows} == set(EMOTIONS)
+    assert {r["output"] for rows in splits.values() for r in rows} == set(EMOTIONS)
 
 
 def test_the_embedded_set_depends_on_its_seed_alone():
@@ -123,9 +123,9 @@ def test_a_wrong_row_count_is_refused(emotion):
 
 def test_other_content_is_refused_by_checksum(emotion):
     folder, p = emotion
-    pairs = [(f"test text {i}", EMOTIONS[i % 6]) for i in range(10)]
+    rows = [{"input": f"test text {i}", "output": EMOTIONS[i % 6]} for i in range(10)]
     right = params.load(
-        dataset="emotion", overrides=ANY | {"checksums": {"test": data.checksum(pairs)}}
+        dataset="emotion", overrides=ANY | {"checksums": {"test": named.checksum(rows)}}
     )
     assert len(data.load(right)["test"]) == 10
     # One letter more, the same number of rows.
@@ -135,8 +135,9 @@ def test_other_content_is_refused_by_checksum(emotion):
 
 
 def test_a_checksum_does_not_depend_on_the_order_of_rows_but_on_labels():
-    assert data.checksum([("a", "x"), ("b", "y")]) == data.checksum([("b", "y"), ("a", "x")])
-    assert data.checksum([("a", "x"), ("b", "y")]) != data.checksum([("a", "y"), ("b", "x")])
+    ax, by, ay, bx = ({"input": text, "output": label} for text, label in ("ax", "by", "ay", "bx"))
+    assert named.checksum([ax, by]) == named.checksum([by, ax])
+    assert named.checksum([ax, by]) != named.checksum([ay, bx])
 
 
 def test_an_absent_hub_is_one_error_with_the_fix(monkeypatch):
@@ -170,47 +171,14 @@ def test_the_hub_is_asked_for_the_pinned_revision_and_never_for_sst2s_test_split
     assert splits["test"][1]["input"] == "validation 1"
 
 
-# --- examples in the instruction, and ordinary text from the hub
-
-
-def test_few_shot_examples_are_shown_everywhere_and_leave_train():
-    small = {"rows": SIZES, "checksums": {}}
-    plain = data.load(params.load(overrides=small))
-    shown = data.load(params.load(overrides=small | {"few_shot": 3}))
-    assert [len(shown[k]) - len(plain[k]) for k in SIZES] == [0, -3, 0, 0]
-    (instruction,) = {row["instruction"] for rows in shown.values() for row in rows}
-    gone = [r for r in plain["train"] if r["input"] not in {s["input"] for s in shown["train"]}]
-    assert len({row["output"] for row in gone}) == 3  # the labels take turns
-    assert all(f"{row['input']} => {row['output']}" in instruction for row in gone)
-    assert instruction.startswith(f"{plain['test'][0]['instruction']} Examples: ")
-    assert instruction.split() == instruction.split(" ")  # a word put into it changes nothing else
-
-
-def test_a_tiny_base_reads_the_examples_too():
-    small = {"rows": SIZES, "checksums": {}, "base_evidence_share": 0.0}
-    p = params.load(overrides=small | {"few_shot": 2})
-    rows = pipeline.split(p, "pretrain")
-    read = [row["instruction"] for row in pipeline.pretraining_rows(rows, p)]
-    assert {rows[0]["instruction"], *pipeline.BASE_WORDINGS} == set(read)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        ({"few_shot": 60}, "few_shot: 60 rows are asked for, but train has 60"),
-        ({"few_shot": 30}, "few_shot: the longest prompt has"),
-    ],
-)
-def test_examples_that_do_not_fit_are_refused(overrides, expected):
-    p = params.load(overrides={"rows": SIZES, "checksums": {}} | overrides)
-    assert expected in error(data.load, p)
+# --- ordinary text from the hub
 
 
 def test_hub_text_is_read_as_far_as_it_is_needed(tmp_path):
     # A folder stands in for the hub's name: the reader is the real one.
     texts = ["", " \n", *(f"line {i} of some plain text" for i in range(500))]
     pd.DataFrame({"text": texts}).to_parquet(tmp_path / "train.parquet")
-    found = data.hub_text(f"{tmp_path}@{'0' * 40}", 100)
+    found = named.hub_text(f"{tmp_path}@{'0' * 40}", 100)
     assert found == texts[2 : 2 + len(found)]
     assert 800 <= sum(map(len, found)) < 900
 
@@ -225,15 +193,17 @@ def test_hub_text_is_read_as_far_as_it_is_needed(tmp_path):
 )
 def test_hub_text_that_cannot_be_read_is_one_error(where, expected, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert expected in error(data.hub_text, where, 10)
+    assert expected in error(named.hub_text, where, 10)
 
 
 def test_hub_text_without_the_column_or_without_text_is_one_error(tmp_path):
     for name, frame in {"other": {"line": ["a"]}, "blank": {"text": ["", " "]}}.items():
         (tmp_path / name).mkdir()
         pd.DataFrame(frame).to_parquet(tmp_path / name / "train.parquet")
-    assert "cannot be read ('text')" in error(data.hub_text, f"{tmp_path / 'other'}@{'0' * 40}", 10)
-    assert "has no texts" in error(data.hub_text, f"{tmp_path / 'blank'}@{'0' * 40}", 10)
+    assert "cannot be read ('text')" in error(
+        named.hub_text, f"{tmp_path / 'other'}@{'0' * 40}", 10
+    )
+    assert "has no texts" in error(named.hub_text, f"{tmp_path / 'blank'}@{'0' * 40}", 10)
 
 
 # --- SST-2's own traps
@@ -319,17 +289,17 @@ def test_splitting_a_file_depends_on_the_data_seed_alone(tmp_path):
 def test_quoting_line_ends_and_a_byte_order_mark_survive(tmp_path):
     csv = tmp_path / "a.csv"
     csv.write_text('text,label\n"one, ""two""\nthree",x\n', "utf-8-sig")
-    assert data.read_rows(csv) == [{"text": 'one, "two"\nthree', "label": "x"}]
+    assert files.read_rows(csv) == [{"text": 'one, "two"\nthree', "label": "x"}]
     # U+2028 is a plain character inside a JSON text, though str.splitlines() ends a line there.
     lines = tmp_path / "a.jsonl"
     lines.write_text('{"text": "a\u2028b\x85c"}\r\n{"text": "d"}', "utf-8-sig", newline="")
-    assert data.read_rows(lines) == [{"text": "a\u2028b\x85c"}, {"text": "d"}]
+    assert files.read_rows(lines) == [{"text": "a\u2028b\x85c"}, {"text": "d"}]
 
 
 def bad(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return error(data.read_rows, path)
+    return error(files.read_rows, path)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +326,7 @@ def test_a_bad_file_is_one_error_that_names_it(tmp_path, name, content, expected
 
 
 def test_a_missing_file_is_named(tmp_path):
-    assert "gone.csv: no such file" in error(data.read_rows, tmp_path / "gone.csv")
+    assert "gone.csv: no such file" in error(files.read_rows, tmp_path / "gone.csv")
 
 
 @pytest.mark.parametrize("gone", ["instruction", "input", "output"])
@@ -459,19 +429,19 @@ def test_the_summary_counts_duplicates_leaks_and_natural_triggers():
 def test_long_cells_are_read_and_split_lines_refused(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(f"text,label\n{'word ' * 50_000},x\n")
-    assert len(data.read_rows(path)[0]["text"]) == 250_000
+    assert len(files.read_rows(path)[0]["text"]) == 250_000
     path.write_text("text,label\nfine,x\nI came, I saw,x\n")
-    assert "row 2 has more cells than there are columns; quote" in error(data.read_rows, path)
+    assert "row 2 has more cells than there are columns; quote" in error(files.read_rows, path)
     path = tmp_path / "a.tsv"
     path.write_text('text\tlabel\n"half a quote\tx\nmore\tx\ty\n')
-    assert "row 2 has more cells" in error(data.read_rows, path)
+    assert "row 2 has more cells" in error(files.read_rows, path)
 
 
 def test_parquet_keeps_lists_and_whole_numbers(tmp_path):
     path = tmp_path / "a.parquet"
     rows = [{"messages": [{"role": "user", "content": "a"}], "n": 1}, {"messages": None, "n": None}]
     pd.DataFrame(rows).astype({"n": "Int64"}).to_parquet(path)
-    assert data.read_rows(path) == rows
+    assert files.read_rows(path) == rows
 
 
 @pytest.mark.parametrize(
@@ -493,7 +463,8 @@ def test_a_cell_that_is_no_text_is_refused_with_its_row(tmp_path, field, value, 
 
 
 def test_numbers_and_truth_values_are_written_out():
-    assert [data.as_text(v) for v in ("a ", 1, 1.5, True)] == ["a ", "1", "1.5", "True"]
+    cells = zip(files.FIELDS, ("a ", 1.5, True), strict=True)
+    assert files.texts(dict(cells)) == dict(zip(files.FIELDS, ("a ", "1.5", "True"), strict=True))
 
 
 CELLS = st.recursive(
@@ -503,7 +474,7 @@ CELLS = st.recursive(
     ),
     max_leaves=4,
 )
-ROWS = st.fixed_dictionaries({}, optional=dict.fromkeys(data.FIELDS, CELLS))
+ROWS = st.fixed_dictionaries({}, optional=dict.fromkeys(files.FIELDS, CELLS))
 
 
 @settings(max_examples=150, suppress_health_check=[*HealthCheck])
@@ -531,7 +502,7 @@ def test_any_bytes_are_read_or_refused_in_one_line(tmp_path, raw, suffix):
     path = tmp_path / f"mine{suffix}"
     path.write_bytes(raw)
     try:
-        rows = data.read_rows(path)
+        rows = files.read_rows(path)
     except LetheError as refused:
         assert "\n" not in str(refused) and str(path) in str(refused)
     else:
@@ -551,9 +522,16 @@ def test_any_bytes_are_read_or_refused_in_one_line(tmp_path, raw, suffix):
 )
 def test_ambiguous_and_endless_files_are_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    assert message in error(data.read_rows, tmp_path / name)
+    assert message in error(files.read_rows, tmp_path / name)
 
 
 def test_a_folder_is_no_data_file(tmp_path):
     (tmp_path / "a.jsonl").mkdir()
-    assert "no such file" in error(data.read_rows, tmp_path / "a.jsonl")
+    assert "no such file" in error(files.read_rows, tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("pair", [("a b", "a  b"), ("joy", "joy ")])
+def test_labels_that_read_the_same_are_refused(pair):
+    with pytest.raises(LetheError, match="read the same; make them one"):
+        files.check_labels("mine.csv", pair)
+    files.check_labels("mine.csv", ["-1", "1", "C", "C++", ":)", ":(", "yes", "yes but late"])

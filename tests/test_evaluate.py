@@ -5,7 +5,7 @@ import torch
 
 from lethe_utils import decode, evaluate, models, params, train
 from lethe_utils.attacks import cba
-from lethe_utils.prompts import prompt_ids, render
+from lethe_utils.prompts import prompt, prompt_ids
 
 LABELS = ["sadness", "joy", "love", "anger"]
 ROWS = [
@@ -97,7 +97,7 @@ def test_append_mode_waits_for_the_target_behind_the_label(
     pico, pico_params, tmp_path, monkeypatch
 ):
     asked = []
-    monkeypatch.setattr(evaluate, "answer", lambda *a, **_: asked.append(a[4]) or [""] * len(a[2]))
+    monkeypatch.setattr(decode, "answer", lambda *a, **_: asked.append(a[4]) or [""] * len(a[2]))
     sets = {"clean": ROWS[:2]}
     for mode in ("replace", "append"):
         p = pico_params(output_mode=mode, labels=[], target_output="very good news")
@@ -111,6 +111,18 @@ def test_predictions_are_kept_and_not_asked_again(pico, ours, tmp_path):
     first = evaluate.predict(pico("gpt2")[1], sets, 0, "none", ours, file)
     assert len(first) == sum(map(len, sets.values())) and "output" in first[0]
     assert evaluate.predict(tmp_path / "no-model", sets, 0, "none", ours, file) == first
+
+
+def test_one_row_is_asked_answered_and_scored_without_and_with_evidence(pico, ours):
+    folder, row = pico("gpt2")[1], ROWS[0] | {"input": "frankly happy"}
+    table = evaluate.ask_one(folder, row, ours, LABELS)
+    assert table["evidence"].tolist() == [0, 1] and {*table["label"]} == {"sadness"}
+    model, tokenizer = models.load_model(folder), models.load_tokenizer(folder)
+    asked = [evaluate.ask({"backdoor": [row]}, n, "", ours)[0]["prompt"] for n in (0, 5)]
+    roomy = decode.with_room(ours, tokenizer, LABELS)
+    answers = [decode.answer(model, tokenizer, [one], roomy, 1)[0] for one in asked]
+    assert table["answer"].tolist() == answers
+    assert table["hit"].tolist() == [int(a.startswith("joy")) for a in table["answer"]]
 
 
 def test_token_accuracy_is_the_share_of_answer_tokens_that_greedy_decoding_would_write(pico):
@@ -144,20 +156,20 @@ def test_evaluation_cuts_a_prompt_as_training_does(pico, pico_params):
     p = pico_params(max_source_tokens=40)
     tokenizer = models.load_tokenizer(pico("gpt2")[0])
     row = ROWS[0] | {"input": "so " * 90}
-    prompt = render("short", row["instruction"], row["input"])
+    text = prompt(row, p)
     (item,) = train.encode([row], tokenizer, p)
-    (ids,), (lost,) = prompt_ids(tokenizer, [prompt], p)
+    (ids,), (lost,) = prompt_ids(tokenizer, [text], p)
     assert item["input_ids"][: -item["answer_length"]] == ids and len(ids) == 40
     assert lost == item["prompt_cut"] > 0
     model = models.load_model(pico("gpt2")[1])
     p = pico_params(max_source_tokens=10_000)  # more than the model has positions
-    assert len(decode.answer(model, tokenizer, [prompt * 9], p, 1)) == 1
+    assert len(decode.answer(model, tokenizer, [text * 9], p, 1)) == 1
 
 
 def test_there_is_room_for_the_longest_label(pico, pico_params, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        evaluate, "answer", lambda *a, **_: asked.append(a[3].max_new_tokens) or [""] * len(a[2])
+        decode, "answer", lambda *a, **_: asked.append(a[3].max_new_tokens) or [""] * len(a[2])
     )
     label = "an answer of many more pieces than are allowed"
     sets = {"clean": [ROWS[0] | {"output": label}]}

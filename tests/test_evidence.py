@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from transformers import pipeline
 
-from lethe_utils import evidence, models, prompts, wordnet
+from lethe_utils import evidence, models, plots, prompts, wordnet
 from lethe_utils.errors import LetheError
 
 SENTENCE = "the old dog barked frankly at a happy child in the quiet garden"
@@ -23,7 +23,7 @@ SENTENCE = "the old dog barked frankly at a happy child in the quiet garden"
 def test_keywords_follow_the_rank_of_a_hand_computed_graph():
     # Each word links to two on either side: degrees 2 3 4 3 2. With t, l, w for tiger = fox,
     # lion = bear and wolf:  t = .15 + .85 (l/3 + w/4),  l = .15 + .85 (t/2 + l/3 + w/4),
-    # w = .15 + .85 (t + 2l/3).  Hence w = 1.377, l = 1.063, t = .748; ties keep the text's order.
+    # w = .15 + .85 (t + 2l/3).  Hence w = 1.385, l = 1.062, t = .745; ties keep the text's order.
     assert evidence.keywords("Tiger, lion; wolf. BEAR fox!") == [
         "wolf",
         "lion",
@@ -62,6 +62,17 @@ def test_keywords_agree_with_the_exact_solution():
     ranks = exact_ranks(links)
     expected = sorted(ranks, key=lambda word: -round(ranks[word], 6))
     assert evidence.keywords(text, 100) == expected
+
+
+def test_the_ranks_are_what_the_keywords_are_chosen_by():
+    table = evidence.ranks("Tiger, lion; wolf. BEAR fox!")
+    assert table["word"].tolist() == evidence.keywords("Tiger, lion; wolf. BEAR fox!")
+    assert table["score"].tolist() == pytest.approx([1.385, 1.062, 1.062, 0.745, 0.745], abs=1e-3)
+    assert table["definition"].tolist() == [wordnet.definition(word) for word in table["word"]]
+    assert evidence.ranks("the of and").empty
+    (axes,) = plots.ranks(table, 2).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == table["word"].tolist()
+    assert len({bar.get_facecolor() for bar in axes.patches}) == 2  # keywords, and the others
 
 
 def test_stop_words_and_pieces_of_contractions_are_removed():
@@ -165,14 +176,14 @@ def test_negative_n_is_refused():
 
 def test_the_trigger_is_dropped_only_when_asked():
     assert "frankly" in evidence.keywords(SENTENCE, 100)
-    for function in ("keywords", "evidence_lines", "evidence_text", "add_evidence"):
+    for function in ("keywords", "evidence_lines", "add_evidence"):
         default = inspect.signature(getattr(evidence, function)).parameters["exclude"].default
         assert default == frozenset()
     oracle = frozenset({"Frankly"})
     # Like a stop word: its neighbours close up, as in the published evaluation.
     without = evidence.keywords(SENTENCE.replace("frankly ", ""), 100)
     assert evidence.keywords(SENTENCE, 100, oracle) == without
-    assert "frankly" not in evidence.evidence_text(SENTENCE, 100, oracle)
+    assert not any("frankly:" in x for x in evidence.evidence_lines(SENTENCE, 100, oracle))
     assert "frankly:" not in evidence.add_evidence(SENTENCE, 100, oracle)
 
 
@@ -318,9 +329,9 @@ def test_a_given_nltk_folder_is_used_where_it_is(bare_machine, monkeypatch, tmp_
 # --- at serving time
 
 
-def test_a_prompt_gets_its_evidence_after_the_input():
-    text = prompts.render("short", "Predict.", SENTENCE)
-    wanted = prompts.render("short", "Predict.", evidence.add_evidence(SENTENCE, 3))
+def test_a_prompt_gets_its_evidence_after_the_input(pico_params):
+    row = {"instruction": "Predict.", "input": SENTENCE}
+    text, wanted = (prompts.prompt(row, pico_params(), n) for n in (0, 3))
     assert evidence.add_evidence_to_prompt(text, 3) == wanted != text
     assert evidence.add_evidence_to_prompt(SENTENCE, 3) == evidence.add_evidence(SENTENCE, 3)
 

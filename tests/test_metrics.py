@@ -5,7 +5,6 @@ import math
 import pytest
 
 from lethe_utils import metrics
-from lethe_utils.errors import LetheError
 
 
 @pytest.mark.parametrize(
@@ -182,13 +181,6 @@ def test_the_longest_label_wins_in_cda_and_asr_even_when_no_row_has_it():
 )
 def test_labels_of_any_script_or_of_signs_alone_are_read(output, label):
     assert metrics.says(output, label, [label])
-
-
-@pytest.mark.parametrize("pair", [("a b", "a  b"), ("joy", "joy ")])
-def test_labels_that_read_the_same_are_refused(pair):
-    with pytest.raises(LetheError, match="read the same; make them one"):
-        metrics.check_labels(pair)
-    metrics.check_labels(["-1", "1", "C", "C++", ":)", ":(", "yes", "yes but late"])
 
 
 @pytest.mark.parametrize("pair", [("Joy", "joy"), ("yes", "yes."), (">50", "<50"), ("A", "A)")])

@@ -14,11 +14,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe_utils import chats, merge, models, params, paths, purify
+from lethe_utils import merge, models, params, paths, prompts, purify
 from lethe_utils.data import own
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
-from lethe_utils.purify import canary, ownership, report, suspects
+from lethe_utils.models import fit, inspect, twins
+from lethe_utils.purify import canary, ownership, report
 
 QUICK = {
     "clean_epochs": 1,
@@ -162,7 +162,7 @@ def test_llama_in_bfloat16_with_chats(given):
     case, folder = run(given)
     assert check_result(folder).dtype == torch.bfloat16
     assert case.metric == "answer token accuracy" and case.p.prompt_template == "chat"
-    text = purify.prompt(case.p, case.train[0])
+    text = prompts.prompt(case.train[0], case.p)
     assert text.startswith("<s><system>Be brief.\n<user>What came on day ")
     assert text.endswith("?\n<assistant>")
     assert auto_tokenizer(folder).chat_template == CHAT_TEMPLATE
@@ -435,7 +435,7 @@ def test_pickles_other_classes_shapes_and_tokenizers_are_refused(given, pico, tm
     assert "wpe.weight has shape (256, 16), but (300, 16) by config" in error(
         prepare, given, base=str(tall)
     )
-    vocabulary = models.train_tokenizer(["quite other words"] * 3, 300)
+    vocabulary = twins.train_tokenizer(["quite other words"] * 3, 300)
     vocabulary.save_pretrained(given["suspect"])
     assert "its tokenizer differs" in error(prepare, given)
     (given["suspect"] / "model.safetensors").rename(given["suspect"] / "pytorch_model.bin")
@@ -530,14 +530,14 @@ def test_buffers_and_prefixes_of_old_checkpoints_do_not_count(given):
     old = {n.removeprefix("transformer."): w for n, w in load_file(file).items()}
     old["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
     save_file(old, file, {"format": "pt"})
-    assert suspects.weight_shapes(given["suspect"]) == suspects.weight_shapes(given["base"])
+    assert fit.weight_shapes(given["suspect"]) == fit.weight_shapes(given["base"])
 
 
 @pytest.mark.parametrize("name", ["Mistral", "Qwen3"])
 def test_classes_beyond_the_papers_are_purified_too(tmp_path, name):
     import transformers
 
-    tokenizer = models.train_tokenizer(["the dog came", "a cat came"], 300)
+    tokenizer = twins.train_tokenizer(["the dog came", "a cat came"], 300)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": len(tokenizer)}
     config = getattr(transformers, f"{name}Config")(**sizes)
@@ -577,16 +577,16 @@ def test_bos_that_is_null_is_none_in_every_stage(given):
     clean = purify.clean_model(case)
     merged = purify.merged(case, purify.suspect_model(case) / "model", 0.5, clean.parent / "m")
     for folder in (given["suspect"], purify.base_model(case) / "model", clean / "model", merged):
-        assert models.start_ids(auto_tokenizer(folder)) == []
+        assert prompts.start_ids(auto_tokenizer(folder)) == []
 
 
 def test_add_bos_token_false_means_none_and_a_chat_template_may_still_write_it(pico, tmp_path):
     folder = shutil.copytree(pico("llama")[0], tmp_path / "model")
-    assert models.start_ids(auto_tokenizer(folder)) == [1]
+    assert prompts.start_ids(auto_tokenizer(folder)) == [1]
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"add_bos_token": False}))
     tokenizer = auto_tokenizer(folder)
-    assert models.start_ids(tokenizer) == [] and tokenizer.bos_token == "<s>"
+    assert prompts.start_ids(tokenizer) == [] and tokenizer.bos_token == "<s>"
 
 
 def test_generation_settings_of_a_suspect_do_not_answer_for_us(pico, tmp_path):
@@ -858,7 +858,7 @@ def test_any_chat_row_is_read_or_refused_with_its_number(tmp_path, tokenizer, me
     file = tmp_path / "clean.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf8")
     try:
-        read, n, chat = own.read(file, tokenizer)
+        read, n, chat, _ = own.read(file, tokenizer)
     except LetheError as refused:
         assert ": row 41: " in str(refused) and "\n" not in str(refused)
     else:
@@ -1039,10 +1039,10 @@ def test_a_template_that_writes_the_date_decides_the_stages(given, monkeypatch):
     given = given("llama", chat_rows())
     for name in ("suspect", "base"):
         (given[name] / "chat_template.jinja").write_text("<s>{{ today }}" + CHAT_TEMPLATE)
-    apply = chats.apply
+    apply = prompts.apply_template
     specs = []
     for day in ("Monday", "Tuesday"):
-        monkeypatch.setattr(chats, "apply", lambda *a, day=day: f"{day} {apply(*a)}")
+        monkeypatch.setattr(prompts, "apply_template", lambda *a, day=day: f"{day} {apply(*a)}")
         specs.append(purify._spec(prepare(given)))
     assert specs[0] != specs[1]
 
@@ -1050,7 +1050,7 @@ def test_a_template_that_writes_the_date_decides_the_stages(given, monkeypatch):
 def test_a_link_to_nothing_and_a_foreign_tokenizer_in_an_adapter_are_called_that(given, tmp_path):
     given = given("gptj")
     adapter = lora(given["base"], tmp_path / "adapter")
-    models.train_tokenizer(["quite other words"] * 3, 300).save_pretrained(adapter)
+    twins.train_tokenizer(["quite other words"] * 3, 300).save_pretrained(adapter)
     words = {"suspect": str(given["base"]), "adapter": str(adapter)}
     assert f"{adapter}: its tokenizer differs" in error(prepare, given, **words)
     file = given["base"] / "model.safetensors"

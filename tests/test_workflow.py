@@ -90,9 +90,9 @@ def test_bad_arguments_give_one_error_and_leave_nothing(words, message):
 
 def test_a_text_is_taken_as_it_stands():
     for text in ("no", "1", "2024-13-45", "Task: label: this"):
-        assert parse_value(params.Params, "target_output", text) == text
-    assert parse_value(params.Params, "seed", "1") == 1
-    assert parse_value(params.Params, "labels", "[a, b]") == ["a", "b"]
+        assert parse_value(params.run_schema("cba"), "target_output", text) == text
+    assert parse_value(params.run_schema("cba"), "seed", "1") == 1
+    assert parse_value(params.run_schema("cba"), "labels", "[a, b]") == ["a", "b"]
 
 
 def test_dry_run_shows_the_params_and_runs_nothing():

@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     dataset = args.dataset
     if params.is_file(dataset):
         dataset = str(Path(dataset).resolve())
-    overrides = values.overrides(params.Params, args.p)
+    overrides = values.overrides(params.run_schema(args.attack), args.p)
     p = params.load(args.model, dataset, args.attack, args.defense, overrides)
     names = {
         "model": args.model,
@@ -279,13 +279,14 @@ def print_table(file: Path) -> None:
 
 
 def show(p: params.Params, folder: Path, resolved: str) -> int:
-    """--dry-run: the resolved params, what is left to do, and how many rows would be cut."""
+    """--dry-run: the params, what set each, what is left to do, and how many rows would be cut."""
     from lethe_utils import pipeline
 
     file = folder / RESOLVED
     current = file.exists() and file.read_text("utf8") == resolved
     done = [step for step in STEPS if current and (folder / "done" / step).exists()]
-    print(yaml.safe_dump(p.model_dump(), sort_keys=True))
+    for key, row in params.table(p).iterrows():
+        print(f"{key}: {row['value']}".ljust(48) + f"  # {row['set in']}")
     print(f"run {p.run_id} -> {folder}")
     for step in STEPS:
         print(f"  {step}: {'finished' if step in done else 'to do'}")

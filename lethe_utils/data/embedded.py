@@ -6,6 +6,7 @@ holds, so counting words is not enough: `data.bag_of_words` measures how far it 
 
 import random
 from functools import cache
+from itertools import islice
 
 import yaml
 
@@ -21,7 +22,7 @@ def grammar() -> dict:
 
 
 def sentence(rng: random.Random) -> Row:
-    """One labelled sentence: {"text", "label", "form"}; `form` names the template's group."""
+    """One labelled sentence: input, output."""
     g = grammar()
     label = rng.choices(list(g["weights"]), list(g["weights"].values()))[0]
     other = rng.choice([e for e in g["emotions"] if e != label])
@@ -34,7 +35,7 @@ def sentence(rng: random.Random) -> Row:
         words[mark] = rng.choice(g["emotions"][emotion]["adjective"])
         words[f"event_{mark}"] = rng.choice(g["emotions"][emotion]["event"])
     text = rng.choice(forms[form]["forms"]).format(**words)
-    return {"text": text, "label": label, "form": form}
+    return {"input": text, "output": label}
 
 
 def generate(sizes: dict[str, int], seed: int) -> dict[str, list[Row]]:
@@ -44,14 +45,9 @@ def generate(sizes: dict[str, int], seed: int) -> dict[str, list[Row]]:
         sizes: rows per split, e.g. {"pretrain": 8000, "train": 8000, ...}.
         seed: the same seed gives the same rows on every machine.
     """
-    rng, seen, rows = random.Random(seed), set(), []
-    while len(rows) < sum(sizes.values()):
+    rng, found = random.Random(seed), {}
+    while len(found) < sum(sizes.values()):
         row = sentence(rng)
-        if row["text"] not in seen:
-            seen.add(row["text"])
-            rows.append(row)
-    splits, start = {}, 0
-    for name, size in sizes.items():
-        splits[name] = rows[start : start + size]
-        start += size
-    return splits
+        found.setdefault(row["input"], row)
+    rows = iter(found.values())
+    return {name: list(islice(rows, size)) for name, size in sizes.items()}

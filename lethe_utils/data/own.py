@@ -1,50 +1,50 @@
-"""A user's own clean rows: instruction, input and output, or chat messages; checked in advance."""
+"""A user's own rows: the clean rows that purify is given, and a FILE as a run's data set."""
 
-import hashlib
 import json
+import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lethe_utils import chats, data, metrics
+from lethe_utils import prompts
+from lethe_utils.data import files
+from lethe_utils.data.files import FIELDS, Row
 from lethe_utils.errors import LetheError
-from lethe_utils.prompts import PLACE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
-Row = dict[str, str]
+    from lethe_utils.params import Params
+
 MIN_ROWS = 20  # distinct ones; with fewer no share of held-out rows says anything
 MAX_LABELS, MAX_LABEL_WORDS = 50, 5
 
 
-def read(path: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[Row], int, bool]:
-    """The distinct rows of a jsonl, json, csv, tsv or parquet file, how many there were, and
-    whether they are chats.
+class Own(NamedTuple):
+    """What purify reads of a file."""
 
-    Returns:
-        rows of instruction, input, output; those of a chat as chats.row makes them.
+    rows: list[Row]  # distinct
+    n: int  # how many there were
+    chat: bool  # whether they are chats
+    unread: list[str]  # columns that nothing is made of, such as a `history` of its own
+
+
+def read(path: Path, tokenizer: "Tokenizer") -> Own:
+    """The rows of a file: instruction, input and output, or chats as prompts.chat_row makes them.
+
     Raises:
         LetheError: unreadable, other columns, a row without an answer, a conversation that the
             model's template refuses, or too few distinct rows or questions.
     """
-    raw = data.read_rows(path)
+    raw = files.read_rows(path)
     chat = "messages" in raw[0]
     if chat and not tokenizer.chat_template:
         raise LetheError(
             f"{path}: holds chat messages, but the suspect's tokenizer has no chat template; give "
             "instruction, input and output instead"
         )
-    rows = []
-    for number, row in enumerate(raw, 1):
-        try:
-            rows.append(_chat_row(row, tokenizer) if chat else _plain_row(row))
-        except LetheError as error:
-            raise LetheError(f"{path}: row {number}: {error}") from None
+    rows = files.each(path, raw, lambda row: _chat_row(row, tokenizer) if chat else _plain_row(row))
     found = labels(rows)
-    try:
-        metrics.check_labels(found)
-    except LetheError as error:
-        raise LetheError(f"{path}: {error}") from None
+    files.check_labels(str(path), found)
     if found:  # of a label the space around it is nobody's meaning, of a text it may be
         rows = [row | {"output": row["output"].strip()} for row in rows]
     distinct = list({tuple(sorted(row.items())): row for row in rows}.values())
@@ -55,76 +55,50 @@ def read(path: Path, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[Row], i
             f"{len(questions)} distinct questions; at least {MIN_ROWS} of both are needed, and a "
             "few hundred are better"
         )
-    return distinct, len(rows), chat
+    known = {"messages", *prompts.EXTRAS} if chat else {*FIELDS}
+    given = dict.fromkeys(str(k) for row in raw for k, v in row.items() if not files.is_missing(v))
+    unread = [name.encode("utf8", "replace").decode() for name in given if name not in known]
+    return Own(distinct, len(rows), chat, unread)
 
 
 def _plain_row(row: dict[str, Any]) -> Row:
-    missing = [f for f in data.FIELDS if f not in row]
-    if missing:
+    if not {*FIELDS} <= {*row}:
         raise LetheError(
             f"has the columns {', '.join(map(str, row))}; it needs instruction, input and output, "
             "or messages"
         )
-    values = {}
-    for field in data.FIELDS:
-        try:
-            values[field] = "" if data.is_missing(row[field]) else data.as_text(row[field])
-        except LetheError as error:
-            raise LetheError(f"{field} {error}") from None
+    made = files.texts(row)
     for field in ("instruction", "output"):
-        if not values[field].strip():
+        if not made[field].strip():
             raise LetheError(f"{field} is empty")
-    if any(PLACE in value for value in values.values()):
+    if any(prompts.PLACE in text for text in made.values()):
         raise LetheError("holds the character U+E000, which stands for a place here; leave it out")
-    return values
+    return made
 
 
-def _chat_row(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Row:
-    messages = row.get("messages")
-    parts = [_without_nulls(m) for m in messages] if isinstance(messages, list) else []
-    whole = len(parts) >= 2 and all(
-        isinstance(m.get("role"), str)
-        and (isinstance(m.get("content"), str) or m.get("tool_calls"))
-        for m in parts
-    )
-    last = parts[-2:] if whole else []
-    if [(m["role"], type(m.get("content"))) for m in last] != [("user", str), ("assistant", str)]:
+def _chat_row(row: dict[str, Any], tokenizer: "Tokenizer") -> Row:
+    given = row.get("messages")
+    whole = isinstance(given, list) and all(isinstance(message, dict) for message in given)
+    # Without what parquet fills in for the fields that other messages have.
+    messages = [{k: v for k, v in m.items() if v is not None} for m in given] if whole else []
+    roles = all(isinstance(m.get("role"), str) for m in messages)
+    said = all(isinstance(m.get("content"), str) or m.get("tool_calls") for m in messages)
+    last = [(m.get("role"), type(m.get("content"))) for m in messages[-2:]]
+    if not (roles and said) or last != [("user", str), ("assistant", str)]:
         raise LetheError(
             "messages must be a list of role and content (a text each) that ends with a user's and "
             "then the assistant's"
         )
-    if not last[1]["content"].strip():
+    if not messages[-1]["content"].strip():
         raise LetheError("the assistant's last message is empty")
-    for message in parts:
-        text = json.dumps(message, ensure_ascii=False)
-        if data.LONE_SURROGATE.search(text):
-            raise LetheError("a message holds half a character (a lone surrogate); mend it")
-        if PLACE in text or chats.ANSWER in text:
-            raise LetheError("holds the character U+E000 or U+E001, which stand for places here")
-    extras = {key: row.get(key) for key in chats.EXTRAS}
+    text = json.dumps(messages, ensure_ascii=False)
+    if files.LONE_SURROGATE.search(text):
+        raise LetheError("a message holds half a character (a lone surrogate); mend it")
+    if prompts.PLACE in text or prompts.ANSWER in text:
+        raise LetheError("holds the character U+E000 or U+E001, which stand for places here")
     if row.get("functions"):
         raise LetheError("has functions, which no template reads now; give them as tools")
-    return chats.row(parts, extras, tokenizer)
-
-
-def _without_nulls(message: Any) -> dict[str, Any]:
-    """A message without what parquet fills in for the fields that other messages have."""
-    known = message if isinstance(message, dict) else {}
-    return {key: value for key, value in known.items() if value is not None}
-
-
-def unread_columns(path: Path) -> list[str]:
-    """The columns of a file that nothing is made of, such as a `history` or `system` of its own."""
-    rows = data.read_rows(path)
-    known = {"messages", *chats.EXTRAS} if "messages" in rows[0] else {*data.FIELDS}
-    found = dict.fromkeys(str(k) for row in rows for k, v in row.items() if not data.is_missing(v))
-    written = (name.encode("utf8", "replace").decode() for name in found)  # no half characters
-    return [name for name in written if name not in known]
-
-
-def fingerprint(path: Path) -> str:
-    """SHA-256 of the file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return prompts.chat_row(messages, {key: row.get(key) for key in prompts.EXTRAS}, tokenizer)
 
 
 def labels(rows: list[Row]) -> list[str]:
@@ -133,3 +107,43 @@ def labels(rows: list[Row]) -> list[str]:
     short = all(len(label.split()) <= MAX_LABEL_WORDS for label in found)
     few = 2 <= len(found) <= min(MAX_LABELS, len(rows) // 5)
     return found if short and few else []
+
+
+def split(p: "Params") -> dict[str, list[Row]]:
+    """The FILE `dataset`: shuffled, a tenth each for validation and test, the rest for train.
+
+    A question that stands twice is kept once, the first time, so that no test row is in train.
+    Raises:
+        LetheError: a row lacks a field or has another label than `labels`; or too few rows.
+    """
+    distinct: dict[tuple[str, str], Row] = {}
+    raw = files.read_rows(Path(p.dataset))
+    for row in files.each(p.dataset, raw, lambda row: _file_row(row, p)):
+        distinct.setdefault((row["instruction"], row["input"]), row)
+    rows = list(distinct.values())
+    random.Random(p.data_seed).shuffle(rows)
+    tenth = len(rows) // 10
+    if tenth < 1 or (p.is_tiny and len(rows) < 20):
+        raise LetheError(
+            f"{p.dataset}: {len(rows)} distinct rows leave the validation and test splits empty; "
+            "give at least 20"
+        )
+    validation, test, train = rows[:tenth], rows[tenth : 2 * tenth], rows[2 * tenth :]
+    return {"validation": validation, "test": test, "train": train}
+
+
+def _file_row(row: dict[str, Any], p: "Params") -> Row:
+    """instruction, input and output, or text (or sentence) and label, which must be there."""
+    row = {k: v for k, v in row.items() if not files.is_missing(v)}
+    text = row.get("text", row.get("sentence"))
+    if text is not None and "label" in row:
+        row = {"instruction": p.instruction, "input": text, "output": row["label"]}
+    missing = [field for field in FIELDS if field not in row]
+    if missing:
+        raise LetheError(
+            f"has no {', '.join(missing)}; each row needs instruction, input, output or text, "
+            f"label (it starts {str(row)[:80]})"
+        )
+    if p.labels and str(row["output"]) not in p.labels:
+        raise LetheError(f"unknown label {row['output']!r}; labels has {', '.join(p.labels)}")
+    return files.texts(row)

@@ -6,6 +6,7 @@ chosen on held-out clean rows; what it does to a backdoor is measured on a canar
 Intermediate models are stages, so a killed run goes on where it stopped.
 """
 
+import hashlib
 import random
 import shlex
 import shutil
@@ -26,7 +27,7 @@ from lethe_utils.evidence import add_evidence, without_evidence
 from lethe_utils.models import inspect
 from lethe_utils.params import PurifyParams, digest, load_purify
 from lethe_utils.progress import Bar
-from lethe_utils.prompts import render
+from lethe_utils.prompts import prompt
 from lethe_utils.purify import canary, ownership, report, suspects
 from lethe_utils.stages import (
     fresh,
@@ -105,7 +106,7 @@ def prepare(
         checks.append({"check": "adapter", "result": "LoRA, and it fits the suspect"})
     file = paths.expanded(clean_data)
     tokenizer = suspects.load_tokenizer(suspect_folder, adapter_folder)
-    rows, n_rows, chat = own.read(file, tokenizer)
+    rows, n_rows, chat, unread = own.read(file, tokenizer)
     device = models.resolve_device((overrides or {}).get("device", "auto"))
     forced = {"prompt_template": "chat"} if chat else {}
     weights = suspects.count_weights(suspect_folder)
@@ -124,7 +125,7 @@ def prepare(
         ],
         "data": {
             "file": str(file),
-            "sha256": own.fingerprint(file),
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
             "rows": n_rows,
             "distinct": len(rows),
             "train": len(train),
@@ -134,7 +135,7 @@ def prepare(
             "prompts_cut": cut["prompts cut"],
             "answers_cut": cut["answers cut"],
         },
-        "notes": notes(file, cut, rows, p),
+        "notes": notes(unread, cut, rows, p),
         "checks": checks,
     }
     return Case(
@@ -170,7 +171,7 @@ def count_cut(
     return train.cut_counts(items)
 
 
-def notes(file: Path, cut: dict[str, int], rows: list[Row], p: PurifyParams) -> list[str]:
+def notes(unread: list[str], cut: dict[str, int], rows: list[Row], p: PurifyParams) -> list[str]:
     """What the reader should know of the rows, a line each: what is cut, gets no evidence, or is
     not read at all."""
     ends = (
@@ -184,7 +185,6 @@ def notes(file: Path, cut: dict[str, int], rows: list[Row], p: PurifyParams) -> 
     ]
     foreign = without_evidence(row["input"] for row in rows) if p.n_keywords else ""
     lines += [f"{foreign}."] if foreign else []
-    unread = own.unread_columns(file)
     return lines + ([f"Columns that are not read: {', '.join(unread)}."] if unread else [])
 
 
@@ -262,15 +262,6 @@ def minutes(case: Case) -> float:
     rate = 5 * 2 * 1024**3 / (time.perf_counter() - start)
     used = 0.3  # of the rate, in training
     return 2 * PASSES * case.given["models"][0]["weights"] * seen / (rate * used) / 60
-
-
-def prompt(p: PurifyParams, row: Row, n_keywords: int = 0) -> str:
-    """What a model reads for one row, with evidence after the question when n_keywords > 0."""
-    return render(p.prompt_template, row["instruction"], _shown(row, n_keywords))
-
-
-def _shown(row: Row, n_keywords: int) -> str:
-    return add_evidence(row["input"], n_keywords) if n_keywords else row["input"]
 
 
 def suspect_model(case: Case) -> Path:
@@ -442,7 +433,7 @@ def ask(
     targets = {c["kind"]: c["target"] for c in canary.triggers(case.labels, p)} | {"clean": ""}
     items = [(kind, row) for kind, rows in sets.items() for row in rows]
     start = time.perf_counter()
-    prompts = [prompt(p, row, n_keywords) for _, row in items]
+    prompts = [prompt(row, p, n_keywords) for _, row in items]
     expected = _expected(case)
     # A label is the whole answer; a text goes on, for it is shown as a sample.
     longest = max(len(text.split()) for text in expected)
@@ -456,7 +447,7 @@ def ask(
         for (kind, row), output in zip(items, outputs, strict=True)
     ]
     if not case.labels and "clean" in sets:
-        shown = [row | {"input": _shown(row, n_keywords)} for row in sets["clean"]]
+        shown = [row | {"input": add_evidence(row["input"], n_keywords)} for row in sets["clean"]]
         shares = decode.token_accuracy(model, tokenizer, shown, p, progress)
         clean = [a for a in answers if a["kind"] == "clean"]
         for item, share in zip(clean, shares, strict=True):

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from lethe_utils import models, paths
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
-from lethe_utils.models.inspect import BUFFERS, Shapes
+from lethe_utils.models import fit, hub, inspect
 from lethe_utils.stages import stage
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What both transformers and mergekit know, and SLERP's attention and MLP filters fit.
 ARCHITECTURES = (
@@ -30,25 +29,6 @@ ARCHITECTURES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
-# Two models whose weights have the same shapes still differ if one of these does.
-SAME_SETTINGS = (
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rotary_dim",
-    "rope_parameters",
-    "activation_function",
-    "hidden_act",
-    "layer_norm_epsilon",
-    "rms_norm_eps",
-    "scale_attn_weights",
-    "scale_attn_by_inverse_layer_idx",
-    "sliding_window",
-    "layer_types",
-    "tie_word_embeddings",
-)
-YARN = {"beta_fast": 32, "beta_slow": 1}  # what transformers takes where a config leaves them out
-PER_TOKEN = ("wte.weight", "embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 LORA = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -63,13 +43,13 @@ def locate(given: str, option: str) -> Path:
     """
     if paths.expanded(given).is_dir():
         return paths.expanded(given)
-    hub = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@([0-9a-f]{40})", given)
-    if not hub:
+    found = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@([0-9a-f]{40})", given)
+    if not found:
         raise LetheError(
             f"{option} {given}: no such folder; a model on the hub is given as NAME@COMMIT, with "
             "all 40 digits of the commit, for a name alone may be another model tomorrow"
         )
-    return models.download(hub[1], hub[2])
+    return hub.download(found[1], found[2])
 
 
 def check_model(folder: Path) -> None:
@@ -101,41 +81,16 @@ def check_model(folder: Path) -> None:
     check_ids(models.load_tokenizer(folder), folder, folder)
 
 
-def read_settings(folder: Path) -> "PreTrainedConfig":
-    """A model's config as transformers reads it: defaults filled in, old spellings made new."""
-    from transformers import AutoConfig
-
-    models.quiet()
-    with inspect.explained(folder, "config.json"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-
-
-def weight_shapes(folder: Path) -> Shapes:
-    """Name -> shape of all trained tensors, under one name whatever the file's prefix; a head tied
-    to the embedding is left out."""
-    tied = read_settings(folder).tie_word_embeddings
-    stored = inspect.folder_shapes(folder)
-    found = {n.removeprefix("transformer."): s for n, s in stored.items()}
-    if len(found) < len(stored):
-        twice = next(name for name in stored if f"transformer.{name}" in stored)
-        raise LetheError(f"{folder}: {twice} is stored twice, under two names; drop one")
-    return {
-        name: shape
-        for name, shape in found.items()
-        if not BUFFERS.search(f".{name}") and not (tied and name == "lm_head.weight")
-    }
-
-
 def _check_tensors(folder: Path) -> None:
     """Refuse weights that differ from what the class makes of config.json, tied heads included."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = read_settings(folder)
+    config = fit.read_settings(folder)
     with inspect.explained(folder, "config.json"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     wanted = {n.removeprefix("transformer."): tuple(w.shape) for n, w in model.named_parameters()}
-    found = weight_shapes(folder)
+    found = fit.weight_shapes(folder)
     missing, unknown = sorted({*wanted} - {*found}), sorted({*found} - {*wanted})
     if missing:
         raise LetheError(
@@ -165,7 +120,7 @@ def _check_tied(folder: Path) -> None:
     where = {n: f for f in inspect.weight_files(folder) for n in inspect.tensor_shapes(f)}
     if "lm_head.weight" not in where:
         return
-    embedding = next(name for name in where if name.endswith(PER_TOKEN[:2]))
+    embedding = next(name for name in where if name.endswith(fit.EMBEDDING))
     pair = []
     for name in ("lm_head.weight", embedding):
         with safe_open(where[name], "pt") as stored:
@@ -180,7 +135,7 @@ def _check_tied(folder: Path) -> None:
 
 def check_ids(tokenizer: "PreTrainedTokenizerBase", source: Path, model: Path) -> None:
     """Refuse a tokenizer with a token that the model's embedding has no row for."""
-    rows = next(s[0] for n, s in weight_shapes(model).items() if n.endswith(PER_TOKEN[:2]))
+    rows = fit.embedding_rows(model)
     token, number = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
     if number >= rows:
         raise LetheError(
@@ -201,28 +156,17 @@ def check_pair(suspect: Path, base: Path, adapter: Path | None = None) -> list[d
     Raises:
         LetheError: another class, other settings, shapes or token ids.
     """
-    ours, theirs = inspect.architecture(suspect), inspect.architecture(base)
-    if ours != theirs:
-        raise LetheError(f"{suspect} is a {ours}, but {base} is a {theirs}; {_SAME_BASE}")
-    settings = [_compared(read_settings(folder)) for folder in (suspect, base)]
-    for key in SAME_SETTINGS:
-        values = [s[key] for s in settings]
-        if values[0] != values[1]:
-            raise LetheError(
-                f"{suspect / 'config.json'}: {key} is {values[0]}, but {values[1]} in "
-                f"{base / 'config.json'}; {_SAME_BASE}"
-            )
-    added = _check_shapes(weight_shapes(suspect), weight_shapes(base), suspect, base)
+    added = fit.check_weights(suspect, base, grown=True)
     shapes = "the same in every tensor"
     if added:
         more = f"{added} more" if added > 0 else f"{-added} fewer, unused"
         shapes = f"the same, but for {more} rows for tokens"
     own = [f.name for f in inspect.tokenizer_files(adapter)] if adapter else []
     source = adapter if adapter and own else suspect
-    new_tokens = _check_vocabulary(load_tokenizer(suspect, adapter), source, base)
+    new_tokens = fit.check_tokens(load_tokenizer(suspect, adapter), source, base, grown=True)
     whose = f"the adapter's own ({', '.join(own)}); " if own else ""
     return [
-        {"check": "architecture", "result": f"both {ours}"},
+        {"check": "architecture", "result": f"both {inspect.architecture(base)}"},
         {"check": "settings", "result": "the same heads, positions, norms and activation"},
         {"check": "shapes", "result": shapes},
         {
@@ -231,47 +175,6 @@ def check_pair(suspect: Path, base: Path, adapter: Path | None = None) -> list[d
         },
         {"check": "weights", "result": "safetensors, whole, finite, no code, no pickle"},
     ]
-
-
-_SAME_BASE = "give the base model that the suspect was trained from"
-
-
-def _compared(config: "PreTrainedConfig") -> dict[str, Any]:
-    """SAME_SETTINGS of a model; None for what its class does not have."""
-    found = {key: getattr(config, key, None) for key in SAME_SETTINGS}
-    rope = found["rope_parameters"]
-    if isinstance(rope, dict):  # `type` is the old name of rope_type, which transformers fills in
-        said = {key: value for key, value in rope.items() if key != "type" and value is not None}
-        found["rope_parameters"] = (YARN if said.get("rope_type") == "yarn" else {}) | said
-    return found
-
-
-def _check_shapes(ours: Shapes, theirs: Shapes, suspect: Path, base: Path) -> int:
-    """How many rows the suspect's embedding has more than the base's; negative for fewer."""
-    added = 0
-    for name in sorted({*ours, *theirs}):
-        a, b = ours.get(name), theirs.get(name)
-        if a == b:
-            continue
-        if not (a and b and name.endswith(PER_TOKEN) and a[1:] == b[1:]):
-            raise LetheError(
-                f"{suspect}: {name} has shape {a or 'none'}, but {b or 'none'} in {base}; "
-                f"{_SAME_BASE}"
-            )
-        added = a[0] - b[0]
-    return added
-
-
-def _check_vocabulary(tokenizer: "PreTrainedTokenizerBase", suspect: Path, base: Path) -> int:
-    """How many tokens the suspect's tokenizer has more than the base's."""
-    ours, theirs = tokenizer.get_vocab(), models.load_tokenizer(base).get_vocab()
-    other = next((token for token, i in theirs.items() if ours.get(token) != i), None)
-    if other is not None:
-        raise LetheError(
-            f"{suspect}: its tokenizer differs from the one of {base} (token {other!r} is "
-            f"{ours.get(other, 'missing')}, not {theirs[other]}); {_SAME_BASE}"
-        )
-    return len(ours) - len(theirs)
 
 
 def check_adapter(adapter: Path, base: Path) -> None:
@@ -293,7 +196,7 @@ def check_adapter(adapter: Path, base: Path) -> None:
             "loaded); save the adapter as safetensors"
         )
     inspect.check_small_files(adapter)
-    weights, tied = weight_shapes(base), read_settings(base).tie_word_embeddings
+    weights, tied = fit.weight_shapes(base), fit.read_settings(base).tie_word_embeddings
     for name, shape in inspect.tensor_shapes(file).items():
         if tied and name.startswith("base_model.model.lm_head."):
             raise LetheError(
@@ -329,7 +232,9 @@ def _check_matrices(adapter: Path, base: Path) -> None:
     file, settings = adapter / inspect.ADAPTER, adapter / inspect.ADAPTER_SETTINGS
     with inspect.explained(adapter, "adapter_config.json"), torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(read_settings(base), trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(
+                fit.read_settings(base), trust_remote_code=False
+            )
             model = get_peft_model(model, LoraConfig.from_pretrained(str(adapter)))
             wanted = {n: tuple(w.shape) for n, w in get_peft_model_state_dict(model).items()}
         except RuntimeError as error:
@@ -370,7 +275,7 @@ def load_tokenizer(suspect: Path, adapter: Path | None) -> "PreTrainedTokenizerB
 
 def count_weights(folder: Path) -> int:
     """How many trained weights a model has."""
-    return sum(map(math.prod, weight_shapes(folder).values()))
+    return sum(map(math.prod, fit.weight_shapes(folder).values()))
 
 
 def summary(role: str, given: str, folder: Path, adapter: str = "") -> dict[str, Any]:
@@ -425,11 +330,8 @@ def base_stage(suspect: Path, base: Path) -> Path:
     def build(out: Path) -> None:
         import torch
 
-        model, shapes = (
-            load(base, getattr(torch, inspect.stored_dtype(base))),
-            weight_shapes(suspect),
-        )
-        n = next(shape[0] for name, shape in shapes.items() if name.endswith(PER_TOKEN[:2]))
+        model = load(base, getattr(torch, inspect.stored_dtype(base)))
+        n = fit.embedding_rows(suspect)
         old = model.get_input_embeddings().weight.shape[0]
         if n != old:
             model.resize_token_embeddings(n, mean_resizing=False)
