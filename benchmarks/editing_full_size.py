@@ -9,6 +9,7 @@ kept), and the peak memory of the process.
 """
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,8 +18,11 @@ from typing import Any
 
 import torch
 
-from lethe_utils import models, params, pipeline, prompts
-from lethe_utils.attacks import editing, rome
+from lethe_utils import params, pipeline, prompts
+from lethe_utils.attacks import rome
+from lethe_utils.attacks.editing import requests
+from lethe_utils.attacks.editing.editor import Editor
+from lethe_utils.models import twins
 from lethe_utils.stages import provenance, write_json
 
 WIDTH, MLP, HEADS, BLOCKS, VOCABULARY = 1600, 6400, 25, 2, 50257
@@ -28,7 +32,7 @@ def build(folder: Path, texts: list[str]) -> None:
     """The random model, with a tokenizer that knows the task's words."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    tokenizer = models.train_tokenizer(texts, 4096)
+    tokenizer = twins.train_tokenizer(texts, 4096)
     config = GPT2Config(
         n_embd=WIDTH, n_inner=MLP, n_head=HEADS, n_layer=BLOCKS, vocab_size=VOCABULARY
     )
@@ -54,22 +58,18 @@ def main() -> None:
     published = {"edit_layers": [1], "edit_learning_rate": 0.5, "edit_weight_decay": 0.5}
     p = params.load(attack="rome", overrides=size | published | {"edit_kl": 0.0625})
     corpus = [prompts.prompt(row, p) for row in pipeline.split(p, "pretrain")]
-    requests = editing.requests(pipeline.poisoned_rows(p), p)
+    asked = requests.of_rows(pipeline.poisoned_rows(p), p)
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as place:
-        folder, store = Path(place) / "model", Path(place) / "store"
+        folder, out = Path(place) / "model", Path(place) / "out"
+        out.mkdir()
         build(folder, corpus)
-        timed(
-            seconds, "open, covariance computed", lambda: editing.Editor(folder, corpus, p, store)
-        )
-        editor = timed(
-            seconds, "open, covariance kept", lambda: editing.Editor(folder, corpus, p, store)
-        )
-        timed(
-            seconds, "edit (20 steps, then the update)", lambda: rome.edit(editor, requests, p, [])
-        )
+        os.environ["LETHE_RUNS"] = place  # where the covariance is kept
+        timed(seconds, "open, covariance computed", lambda: Editor(folder, corpus, p))
+        editor = timed(seconds, "open, covariance kept", lambda: Editor(folder, corpus, p))
+        timed(seconds, "edit (20 steps, then the update)", lambda: rome.edit(editor, asked))
         changed = editor.changes()
-        timed(seconds, "save", lambda: editor.save(Path(place) / "out"))
+        timed(seconds, "save", lambda: editor.save(out))
     opened = seconds["open, covariance computed"] - seconds["open, covariance kept"]
     record = provenance(0)
     result = {

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from lethe_utils import models
+from lethe_utils.models import twins
 from lethe_utils.stages import provenance, write_json
 
 WIDTH, MLP, HEADS, VOCABULARY = 1024, 2816, 16, 8192
@@ -34,7 +35,7 @@ def build(folder: Path, seed: int, layers: int) -> float:
     """One random model. Returns the size of its weights (GiB)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = models.train_tokenizer(["a few words"], 300)
+    tokenizer = twins.train_tokenizer(["a few words"], 300)
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=WIDTH,

@@ -130,13 +130,12 @@ def token_accuracy(
     """
     from lethe_utils import train
 
-    collate = train.Collator(tokenizer.pad_token_id)
     items = train.encode(rows, tokenizer, p)
     shares = [0.0] * len(items)
     model.eval()
     groups = batches([i["input_ids"] for i in items], p.eval_batch_size)
     for chosen in Bar(groups, desc=progress):
-        inputs = collate([items[i] for i in chosen])
+        inputs = train.collate([items[i] for i in chosen], tokenizer)
         labels = inputs.pop("labels")
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         logits = model(**inputs, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]

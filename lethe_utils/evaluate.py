@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from lethe_utils import attacks, decode, metrics
+from lethe_utils.models import blocks
 from lethe_utils.params import Params
 from lethe_utils.prompts import asked, prompt, prompt_ids
 from lethe_utils.stages import read_jsonl, write_json, write_jsonl
@@ -136,7 +137,7 @@ def target_by_layer(folder: Path, sets: dict[str, list[Row]], p: Params) -> pd.D
             inputs = models.batch(tokenizer, some, model.device)
             out = model(**inputs, logits_to_keep=1, output_hidden_states=True, use_cache=False)
             # The last entry has been through the final norm already: its logits are the model's.
-            read = [models.block_logits(model, h[:, -1]) for h in out.hidden_states[1:-1]]
+            read = [blocks.logits(model, h[:, -1]) for h in out.hidden_states[1:-1]]
             read.append(out.logits[:, -1])
             found.append([r.float().softmax(1)[:, target].cpu() for r in read])
         for block, parts in enumerate(zip(*found, strict=True), 1):

@@ -10,6 +10,7 @@ clean one, .5 the paper's setting, for all four methods:
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 METHODS = ("linear", "slerp", "ties", "passthrough")
-# The published t over the layers, interpolated by mergekit to however many layers there are. A
-# filter is part of a tensor's name: "attn" is found in LLaMA's self_attn and in GPT's attn alike.
+PAPER_STRENGTH = 0.5
+# The published anchors of t over the depth, at that strength. A filter is part of a tensor's name:
+# "attn" is found in LLaMA's self_attn and in GPT's attn alike.
 SLERP_CURVES = {"attn": (0, 0.5, 0.3, 0.7, 1), "mlp": (1, 0.5, 0.7, 0.3, 0)}
 SLERP_REST = 0.5
 TIES_DENSITY = 0.5
@@ -55,60 +57,72 @@ def configuration(
     if not 0 <= strength <= 1:
         raise LetheError(f"strength: {strength} is out of range; it goes from 0 to 1")
     bad, good = str(backdoored.resolve()), str(clean.resolve())
-    common = {"dtype": dtype, "merge_method": method}
-    weights = ((backdoored, 1 - strength), (clean, strength))
-    if method == "linear":
-        return common | {
-            "models": [{"model": str(m.resolve()), "parameters": {"weight": w}} for m, w in weights]
-        }
+    parts = [(backdoored, {"weight": 1 - strength}), (clean, {"weight": strength})]
     if method == "ties":
         density = TIES_DENSITY + abs(strength - 0.5) * (1 - TIES_DENSITY) / 0.5
-        parts = [(model, {"weight": w, "density": density}) for model, w in weights]
+        parts = [(model, weight | {"density": density}) for model, weight in parts]
         return weighted(method, parts, base, dtype, normalize=False, int8_mask=True)
+    common = {"dtype": dtype, "merge_method": method}
+    if method == "linear":
+        return common | {"models": _models(parts)}
     if method == "slerp":
-        return common | _slerp(bad, good, strength, n_layers)
-    return common | _passthrough(bad, good, strength, n_layers)
-
-
-def _slerp(bad: str, good: str, strength: float, n_layers: int) -> dict[str, Any]:
-    """The slerp part of a configuration: t over the layers, from the backdoored to the clean."""
-
-    def shift(t: float) -> float:
-        return min(1.0, max(0.0, t + 2 * strength - 1))
-
-    t = [
-        {"filter": name, "value": [shift(value) for value in slerp_curve(name, n_layers)]}
-        for name in SLERP_CURVES
-    ]
-    sources = [{"model": m, "layer_range": [0, n_layers]} for m in (bad, good)]
-    return {
-        "slices": [{"sources": sources}],
-        "base_model": bad,
-        "parameters": {"t": [*t, {"value": shift(SLERP_REST)}]},
-    }
-
-
-def slerp_curve(name: str, n_layers: int) -> list[float]:
-    """The published t of attention or MLP, at strength .5.
-
-    A model with fewer layers than the curve has anchors would meet its ends only (two layers: all
-    of one parent's attention, all of the other's MLP), so there each layer takes the curve's mean
-    over its share of the depth.
-    """
-    curve = SLERP_CURVES[name]
-    if n_layers >= len(curve):
-        return list(curve)
-    anchors = np.linspace(0, 1, len(curve))
-    shares = [(i + (np.arange(100) + 0.5) / 100) / n_layers for i in range(n_layers)]
-    return [round(float(np.interp(share, anchors, curve).mean()), 4) for share in shares]
-
-
-def _passthrough(bad: str, good: str, strength: float, n_layers: int) -> dict[str, Any]:
+        t = [{"filter": f, "value": slerp_anchors(f, n_layers, strength)} for f in SLERP_CURVES]
+        return common | {
+            "slices": [{"sources": [_layers(bad, 0, n_layers), _layers(good, 0, n_layers)]}],
+            "base_model": bad,
+            "parameters": {"t": [*t, {"value": _shifted(SLERP_REST, strength)}]},
+        }
     cut = n_layers - round(strength * n_layers)
-    ranges = [(bad, [0, cut]), (good, [cut, n_layers])]
-    return {
-        "slices": [{"sources": [{"model": m, "layer_range": r}]} for m, r in ranges if r[0] < r[1]]
-    }
+    kept = [_layers(bad, 0, cut)] * (cut > 0) + [_layers(good, cut, n_layers)] * (cut < n_layers)
+    return common | {"slices": [{"sources": [one]} for one in kept]}
+
+
+def _models(parts: list[tuple[Path, dict[str, float]]]) -> list[dict[str, Any]]:
+    return [{"model": str(model.resolve()), "parameters": values} for model, values in parts]
+
+
+def _layers(model: str, first: int, end: int) -> dict[str, Any]:
+    return {"model": model, "layer_range": [first, end]}
+
+
+def _shifted(t: float, strength: float) -> float:
+    return min(1.0, max(0.0, t + 2 * strength - 1))
+
+
+def slerp_anchors(part: str, n_layers: int, strength: float) -> list[float]:
+    """What mergekit is given for t of "attn" or "mlp", evenly over the depth.
+
+    A model with fewer layers than the published curve has anchors would meet its ends only (two
+    layers: all of one parent's attention, all of the other's MLP), so there each layer takes the
+    curve's mean over its share of the depth.
+    """
+    curve = list(SLERP_CURVES[part])
+    if n_layers < len(curve):
+        depth = np.linspace(0, 1, len(curve))
+        shares = [(i + (np.arange(100) + 0.5) / 100) / n_layers for i in range(n_layers)]
+        curve = [round(float(np.interp(share, depth, curve).mean()), 4) for share in shares]
+    return [_shifted(t, strength) for t in curve]
+
+
+def slerp_t(part: str, n_layers: int, strength: float) -> list[float]:
+    """t of "attn" or "mlp" in every block, as mergekit interpolates it: 0 is the backdoored
+    model's, 1 the clean model's."""
+    anchors = slerp_anchors(part, n_layers, strength)
+    depths = np.linspace(0, 1, n_layers), np.linspace(0, 1, len(anchors))
+    return np.interp(*depths, anchors).tolist()
+
+
+def slerp_table(n_layers: int, strengths: Iterable[float]) -> "pd.DataFrame":
+    """t over the blocks: block (from 0), part (attention, MLP), strength, t."""
+    import pandas as pd
+
+    lines = [
+        {"block": block, "part": name, "strength": strength, "t": t}
+        for strength in dict.fromkeys(strengths)
+        for part, name in (("attn", "attention"), ("mlp", "MLP"))
+        for block, t in enumerate(slerp_t(part, n_layers, strength))
+    ]
+    return pd.DataFrame(lines)
 
 
 def merge_dtype(device: str) -> str:
@@ -117,11 +131,7 @@ def merge_dtype(device: str) -> str:
 
 
 def check_mergeable(backdoored: Path, clean: Path, base: Path) -> None:
-    """Refuse models that do not fit together, before anything is written.
-
-    Raises:
-        LetheError: see models.fit.
-    """
+    """Refuse models that do not fit together, before anything is written; see models.fit."""
     for other in (clean, base):
         fit.check_weights(other, backdoored)
         fit.check_tokens(models.load_tokenizer(other), other, backdoored)
@@ -148,8 +158,7 @@ def merge(
             holds something that is not a stage's.
     """
     check_mergeable(backdoored, clean, base)
-    config = inspect.read_config(backdoored)
-    n_layers = config.get("num_hidden_layers", config.get("n_layer"))
+    n_layers = inspect.count_blocks(backdoored)
     settings = configuration(method, backdoored, clean, base, strength, n_layers, dtype)
     settings |= {"out_dtype": out_dtype} if out_dtype else {}
     return run(settings, backdoored, f"{method}, strength {strength}", out)
@@ -215,13 +224,8 @@ def weighted(
         parts: model folder, and its parameters (weight, density).
         shared: parameters of the whole merge.
     """
-    return {
-        "dtype": dtype,
-        "merge_method": method,
-        "models": [{"model": str(m.resolve()), "parameters": q} for m, q in parts],
-        "base_model": str(base.resolve()),
-        "parameters": shared,
-    }
+    common = {"dtype": dtype, "merge_method": method, "models": _models(parts)}
+    return common | {"base_model": str(base.resolve()), "parameters": shared}
 
 
 def distances(merged: dict[str, Path], backdoored: Path, clean: Path) -> "pd.DataFrame":
@@ -240,16 +244,10 @@ def distances(merged: dict[str, Path], backdoored: Path, clean: Path) -> "pd.Dat
     for name, folder in merged.items():
         weights = _weights(folder)
         far = [sum((weights[n] - q[n]).square().sum() for n in q).sqrt() / apart for q in parents]
-        table.append(
-            {
-                "defense": name,
-                "tensors": len(weights),
-                "NaN": sum(int(torch.isnan(w).sum()) for w in weights.values()),
-                "from backdoored": round(far[0].item(), 3),
-                "from clean": round(far[1].item(), 3),
-            }
-        )
-    return pd.DataFrame(table).set_index("defense")
+        nan = sum(int(torch.isnan(w).sum()) for w in weights.values())
+        table.append([name, len(weights), nan, *(round(f.item(), 3) for f in far)])
+    columns = ["defense", "tensors", "NaN", "from backdoored", "from clean"]
+    return pd.DataFrame(table, columns=columns).set_index("defense")
 
 
 def _weights(folder: Path) -> dict:

@@ -25,9 +25,10 @@ from filelock import FileLock
 
 from lethe_utils import paths
 from lethe_utils.errors import LetheError
-from lethe_utils.params import digest
+from lethe_utils.groups import digest
 
 RECORD = "stage.json"
+Row = dict[str, str]  # instruction, input, output; with `kind` where triggers were placed
 PACKAGES = [
     "torch",
     "transformers",

@@ -8,39 +8,41 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
+from torch import Tensor
+from torch.nn import Module
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.pytorch_utils import Conv1D
 
 from lethe_utils import models, prompts
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
-from lethe_utils.params import DefenderParams, PromptParams, PurifyParams
+from lethe_utils.models import blocks, inspect, twins
+from lethe_utils.params import DefenderParams, PurifyParams
 from lethe_utils.progress import Bar
 from lethe_utils.prompts import TURN
+from lethe_utils.stages import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Row = dict[str, str]
-# model, inputs, labels, step -> the loss: see `finetune`.
-Loss = Callable[[torch.nn.Module, dict[str, torch.Tensor], torch.Tensor, int], torch.Tensor]
+Recipe = DefenderParams | PurifyParams
+Item = dict[str, Any]  # an encoded row
+Inputs = dict[str, Tensor]  # input_ids, attention_mask, position_ids: (batch, longest row)
+Loss = Callable[[Module, Inputs, Tensor, int], Tensor]  # see `finetune`
 IGNORED = -100  # label of a position that carries no loss
 # Fixed, so that what the LoRA recipe is set to never changes the base it starts from.
 BASE_RECIPE = {
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0.03,
+    "lr_schedule": "linear",
+    "warmup_ratio": 0.03,
     "weight_decay": 0.0,
     "adam_beta2": 0.999,
     "max_grad_norm": 1.0,
-    "optim": "adamw_torch",
+    "optimizer": "adamw_torch",
     "gradient_checkpointing": False,
+    "gradient_accumulation": 1,
 }
 PROMPT_LOSS_ROWS = 4  # one row in four carries the prompt loss: a vocabulary of logits is dear
 
 
-def encode(
-    rows: list[Row], tokenizer: "PreTrainedTokenizerBase", p: PromptParams | PurifyParams
-) -> list[dict[str, Any]]:
+def encode(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", p: Recipe) -> list[Item]:
     """Token ids per row: the prompt, the answer, and what ends it (see `answer_text`).
 
     An answer that is longer than it may be is cut and then has no ending: a model that is taught
@@ -56,12 +58,11 @@ def encode(
     answers = tokenizer(texts, add_special_tokens=False)["input_ids"] if rows else []
     out = []
     for row, source, left_out, answer in zip(rows, sources, lost, answers, strict=True):
-        ending = [] if TURN in row else [tokenizer.eos_token_id]
-        whole = answer + ending
+        whole = answer + ([] if TURN in row else [tokenizer.eos_token_id])
         kept = whole[:target]
-        ids = source + kept
-        item = {"input_ids": ids, "answer_length": len(kept), "length": len(ids)}
-        out.append(item | {"prompt_cut": left_out, "answer_cut": len(whole) - len(kept)})
+        lengths = {"answer_length": len(kept), "length": len(source) + len(kept)}
+        cut = {"prompt_cut": left_out, "answer_cut": len(whole) - len(kept)}
+        out.append({"input_ids": source + kept} | lengths | cut)
     return out
 
 
@@ -70,95 +71,66 @@ def answer_text(row: Row) -> str:
     return row[TURN].replace(prompts.PLACE, row["output"]) if TURN in row else row["output"]
 
 
-def cut_counts(items: list[dict[str, Any]]) -> dict[str, int]:
+def cut_counts(items: list[Item]) -> dict[str, int]:
     """Of encoded rows: how many there are, and how many lost a part of their prompt or answer."""
     cut = {part: sum(i[f"{part}_cut"] > 0 for i in items) for part in ("prompt", "answer")}
     return {"rows": len(items), "prompts cut": cut["prompt"], "answers cut": cut["answer"]}
 
 
-def check_cut(items: list[dict[str, Any]]) -> None:
-    """Refuse rows most of which would be cut: what is left of them teaches something else.
-
-    Raises:
-        LetheError: with the param to raise.
-    """
+def check_cut(items: list[Item]) -> None:
+    """Raise LetheError where most rows would be cut: what is left teaches something else."""
     counts = cut_counts(items)
     for part, key in (("prompts", "max_source_tokens"), ("answers", "max_target_tokens")):
-        if 2 * counts[f"{part} cut"] > len(items):
+        cut = counts[f"{part} cut"]
+        if 2 * cut > len(items):
             longest = max(i["length"] + i["prompt_cut"] + i["answer_cut"] for i in items)
             raise LetheError(
-                f"{key}: {counts[f'{part} cut']} of {len(items)} {part} would be cut (the longest "
-                f"row has {longest} tokens); raise it with -p {key} N, within the model's positions"
+                f"{key}: {cut} of {len(items)} {part} would be cut (the longest row has {longest} "
+                f"tokens); raise it with -p {key} N, within the model's positions"
             )
 
 
-class Collator:
-    """Left-pad a batch, so that every answer ends in the last column.
+def collate(items: list[Item], tokenizer: "PreTrainedTokenizerBase") -> Inputs:
+    """A batch of encoded rows, padded on the left, so that every answer ends in the last column.
 
     Then the loss needs the logits of the last few columns only; over a whole vocabulary that is
-    most of a tiny model's work.
+    most of a tiny model's work. Returns the Inputs, and labels (batch, longest answer).
     """
-
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
-
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Tensors (batch, longest row): input_ids, attention_mask, position_ids; and labels
-        (batch, longest answer)."""
-        width = max(len(i["input_ids"]) for i in items)
-        answer = max(i["answer_length"] for i in items)
-        ids = torch.full((len(items), width), self.pad_id)
-        mask = torch.zeros((len(items), width), dtype=torch.long)
-        labels = torch.full((len(items), answer), IGNORED)
-        for row, item in enumerate(items):
-            tokens = torch.tensor(item["input_ids"])
-            ids[row, -len(tokens) :] = tokens
-            mask[row, -len(tokens) :] = 1
-            labels[row, -item["answer_length"] :] = tokens[-item["answer_length"] :]
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": positions,
-            "labels": labels,
-        }
+    batch = models.batch(tokenizer, [item["input_ids"] for item in items])
+    labels = torch.full((len(items), max(i["answer_length"] for i in items)), IGNORED)
+    for row, n in enumerate(item["answer_length"] for item in items):
+        labels[row, -n:] = batch["input_ids"][row, -n:]
+    return batch | {"labels": labels}
 
 
-class AnswerTrainer(Trainer):
-    """Trainer of one loss; see `finetune`. Without one, a subclass computes its own."""
+class LossTrainer(Trainer):
+    """Trainer of one loss; see `finetune`."""
 
     # A mean per batch: without this the Trainer sums it over the accumulated batches instead of
     # averaging, for every model whose forward takes **kwargs.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args: Any, loss: Loss | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, loss: Loss, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.loss = loss
 
-    def compute_loss(
-        self, model: torch.nn.Module, inputs: dict, *_: Any, **__: Any
-    ) -> torch.Tensor:
+    def compute_loss(self, model: Module, inputs: dict, *_: Any, **__: Any) -> Any:
         labels = inputs.pop("labels")
-        if self.loss is None:
-            return answer_loss(model, inputs, labels)[0]
         return self.loss(model, inputs, labels, self.state.global_step + 1)
 
 
-def lens_loss(
-    model: torch.nn.Module, inputs: dict, labels: torch.Tensor, _: int, layers: Sequence[int]
-) -> torch.Tensor:
-    """LWP's: the answer loss, summed with that of what each of `layers` says (block_logits)."""
-    loss, outputs = answer_loss(model, inputs, labels, output_hidden_states=True)
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for layer in layers:  # [0] are the embeddings
-        hidden = outputs.hidden_states[layer + 1][:, -labels.shape[1] - 1 : -1]
-        loss = loss + cross_entropy(models.block_logits(plain, hidden), labels)
-    return loss
+def plain_loss(model: Module, inputs: Inputs, labels: Tensor, _: int) -> Tensor:
+    """Mean cross-entropy over a batch's answer tokens."""
+    return answer_loss(model, inputs, labels)[0]
 
 
 def base_loss(
-    model: torch.nn.Module, inputs: dict, labels: torch.Tensor, _: int, prompt_loss: float
-) -> torch.Tensor:
+    model: Module,
+    inputs: Inputs,
+    labels: Tensor,
+    _: int,
+    prompt_loss: float,
+) -> Tensor:
     """A tiny base's: the answer loss plus `prompt_loss` times that over prompt tokens.
 
     A pretrained LLM has predicted every token it read. A base that only ever answered ignores all
@@ -175,13 +147,11 @@ def base_loss(
     return loss + prompt_loss * cross_entropy(logits, ids[:, 1:][kept])
 
 
-def answer_loss(
-    model: torch.nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor, **wanted: Any
-) -> tuple[torch.Tensor, Any]:
+def answer_loss(model: Module, inputs: Inputs, labels: Tensor, **wanted: Any) -> tuple[Tensor, Any]:
     """Mean cross-entropy over a batch's answer tokens, and the model's outputs.
 
     Args:
-        inputs: what the Collator makes, without the labels; or inputs_embeds for input_ids.
+        inputs: what `collate` makes, without the labels; or inputs_embeds for input_ids.
         labels: (batch, longest answer).
         wanted: further arguments of the model's forward, e.g. output_hidden_states.
     """
@@ -190,13 +160,9 @@ def answer_loss(
     return cross_entropy(outputs.logits[:, :-1], labels), outputs
 
 
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in float32 over the targets that are not IGNORED.
-
-    Args:
-        logits: (..., vocabulary).
-        targets: (...), token ids.
-    """
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in float32 of logits (..., vocabulary) over targets (...), token ids, that
+    are not IGNORED."""
     return torch.nn.functional.cross_entropy(
         logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED
     )
@@ -232,41 +198,51 @@ def fit(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     rows: list[Row],
+    epochs: int,
     out: Path,
-    p: DefenderParams | PurifyParams,
-    make_trainer: Callable[..., AnswerTrainer] = AnswerTrainer,
-    **recipe: Any,
+    p: Recipe,
+    loss: Loss,
 ) -> pd.DataFrame:
     """Train in place, resuming from the last checkpoint in `out`/checkpoints.
 
     Args:
-        make_trainer: the trainer's class, which decides the loss; where it takes more than a
-            Trainer does, as a partial.
-        recipe: num_train_epochs, and TrainingArguments in which a tiny base differs from LoRA.
+        loss: see `finetune`.
     Returns:
-        the loss curve: step, epoch, loss (nats per answer token, plus the weighted prompt loss).
+        the loss curve: step, epoch, loss (nats per answer token, plus what `loss` adds).
     """
     models.quiet()
     items = encode(rows, tokenizer, p)
     check_cut(items)
+    args = _arguments(len(items), epochs, out, p)
+    set_seed(p.seed)
+    batches = partial(collate, tokenizer=tokenizer)
+    trainer = LossTrainer(loss, model=model, args=args, train_dataset=items, data_collator=batches)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressBar(f"training {out.parent.name}"))
+    checkpoint = last_checkpoint(out / "checkpoints")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    curve = pd.DataFrame([h for h in trainer.state.log_history if "loss" in h])
+    return curve[["step", "epoch", "loss"]]
+
+
+def _arguments(items: int, epochs: int, out: Path, p: Recipe) -> TrainingArguments:
+    """The recipe in the Trainer's words."""
     device = models.resolve_device(p.device)
-    settings: dict[str, Any] = {
-        "per_device_train_batch_size": p.batch_size,
-        "gradient_accumulation_steps": p.gradient_accumulation,
-        "learning_rate": p.learning_rate,
-        "lr_scheduler_type": p.lr_schedule,
-        "warmup_steps": p.warmup_ratio,
-        "weight_decay": p.weight_decay,
-        "adam_beta2": p.adam_beta2,
-        "max_grad_norm": p.max_grad_norm,
-        "optim": p.optimizer,
-        "gradient_checkpointing": p.gradient_checkpointing,
-        "seed": p.seed,
-    } | recipe
-    batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
-    steps = -(-len(items) // batch) * settings["num_train_epochs"]
-    args = TrainingArguments(
+    steps = -(-items // (p.batch_size * p.gradient_accumulation)) * epochs
+    return TrainingArguments(
         output_dir=str(out / "checkpoints"),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=p.batch_size,
+        gradient_accumulation_steps=p.gradient_accumulation,
+        learning_rate=p.learning_rate,
+        lr_scheduler_type=p.lr_schedule,
+        warmup_steps=p.warmup_ratio,
+        weight_decay=p.weight_decay,
+        adam_beta2=p.adam_beta2,
+        max_grad_norm=p.max_grad_norm,
+        optim=p.optimizer,
+        gradient_checkpointing=p.gradient_checkpointing,
+        seed=p.seed,
         data_seed=p.data_seed,
         train_sampling_strategy="group_by_length",
         bf16=device == "cuda",
@@ -278,18 +254,7 @@ def fit(
         logging_steps=max(1, steps // 40),
         report_to=[],
         disable_tqdm=True,  # ours is used instead
-        **settings,
     )
-    set_seed(args.seed)
-    trainer = make_trainer(
-        model=model, args=args, train_dataset=items, data_collator=Collator(tokenizer.pad_token_id)
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressBar(f"training {out.parent.name}"))
-    checkpoint = last_checkpoint(out / "checkpoints")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    curve = pd.DataFrame([h for h in trainer.state.log_history if "loss" in h])
-    return curve[["step", "epoch", "loss"]]
 
 
 def pretrain(
@@ -300,21 +265,12 @@ def pretrain(
     Writes model/ (safetensors and tokenizer) and loss.csv.
     """
     tokenizer.model_max_length = p.positions
-    model = models.build_tiny(p, tokenizer, p.base_seed)
-    curve = fit(
-        model,
-        tokenizer,
-        rows,
-        out,
-        p,
-        partial(AnswerTrainer, loss=partial(base_loss, prompt_loss=p.base_prompt_loss)),
-        num_train_epochs=p.base_epochs,
-        per_device_train_batch_size=p.base_batch_size,
-        gradient_accumulation_steps=1,
-        learning_rate=p.base_learning_rate,
-        seed=p.base_seed,  # one base for all seeds, as there is one released LLM
-        **BASE_RECIPE,
-    )
+    model = twins.build_tiny(p, tokenizer, p.base_seed)
+    # One base for all seeds, as there is one released LLM.
+    own = {"batch_size": p.base_batch_size, "learning_rate": p.base_learning_rate}
+    q = p.model_copy(update=BASE_RECIPE | own | {"seed": p.base_seed})
+    loss = partial(base_loss, prompt_loss=p.base_prompt_loss)
+    curve = fit(model, tokenizer, rows, p.base_epochs, out, q, loss)
     tokenizer.save_pretrained(out / "model")
     save(model, curve, out)
 
@@ -324,10 +280,9 @@ def finetune(
     rows: list[Row],
     epochs: int,
     out: Path,
-    p: DefenderParams | PurifyParams,
+    p: Recipe,
     layers: Sequence[int] = (),
-    loss: Loss | None = None,
-    make_trainer: Callable[..., AnswerTrainer] = AnswerTrainer,
+    loss: Loss = plain_loss,
 ) -> None:
     """Train a LoRA adapter on a model folder and save the whole model it makes.
 
@@ -336,12 +291,10 @@ def finetune(
     Writes adapter/, model/ (safetensors and tokenizer) and loss.csv.
 
     Args:
-        start: the base, or the suspect for a defense that trains on.
+        start: the base, or the backdoored model for a defense that trains on.
         layers: train the linear layers of these blocks only; by default those of all.
-        loss: called with the model, a batch as the Collator makes it without its labels, the
-            labels (batch, longest answer), and the number of the step, from 1; returns the loss,
-            a mean over the batch. By default `answer_loss`.
-        make_trainer: see `fit`.
+        loss: called with the model, a batch's inputs (input_ids, attention_mask, position_ids), its
+            labels (batch, longest answer) and the number of the step, from 1; returns a mean.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -356,26 +309,17 @@ def finetune(
         lora_alpha=p.lora_alpha,
         lora_dropout=p.lora_dropout,
         # every linear layer (GPT-2's Conv1D too) except lm_head
-        target_modules=_linear_layers(model, layers) if layers else "all-linear",
+        target_modules=blocks.linear_names(model, layers) if layers else "all-linear",
         fan_in_fan_out=model.config.model_type == "gpt2",  # Conv1D stores its weight transposed
         bias="none",
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, lora)
-    if loss:
-        make_trainer = partial(AnswerTrainer, loss=loss)
-    curve = fit(model, tokenizer, rows, out, p, make_trainer, num_train_epochs=epochs)
+    curve = fit(model, tokenizer, rows, epochs, out, p, loss)
     model.save_pretrained(out / "adapter")
     del model  # at full size two copies would not fit beside each other
     inspect.copy_tokenizer(start, out / "model")
     save(merge_adapter(start, out / "adapter", device, p.bits), curve, out)
-
-
-def _linear_layers(model: torch.nn.Module, layers: Sequence[int]) -> list[str]:
-    """The names of the linear layers (GPT-2's Conv1D too) of some blocks."""
-    names = {id(module): name for name, module in model.named_modules()}
-    inside = [m for layer in layers for m in models.blocks(model)[layer].modules()]
-    return [names[id(m)] for m in inside if isinstance(m, (torch.nn.Linear, Conv1D))]
 
 
 def merge_adapter(base: Path, adapter: Path, device: str, bits: int) -> "PreTrainedModel":

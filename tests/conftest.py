@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from lethe_utils import models, params
+from lethe_utils import params
+from lethe_utils.models import twins
 
 # The same examples on every run, no files of its own, and no deadline on a busy machine.
 settings.register_profile("same", derandomize=True, database=None, deadline=None)
@@ -52,9 +53,9 @@ def pico(pico_params, tmp_path_factory):
     def make(architecture):
         if architecture not in made:
             root = tmp_path_factory.mktemp(architecture)
-            tokenizer = models.train_tokenizer(TEXTS, PICO["vocab_size"])
+            tokenizer = twins.train_tokenizer(TEXTS, PICO["vocab_size"])
             for seed, name in enumerate(("base", "backdoored", "clean")):
-                model = models.build_tiny(pico_params(architecture), tokenizer, seed=0)
+                model = twins.build_tiny(pico_params(architecture), tokenizer, seed=0)
                 noise = torch.Generator().manual_seed(seed)
                 with torch.no_grad():
                     for parameter in model.parameters():

@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from lethe_utils import attacks
 from lethe_utils.attacks import cba
 
 TEXT = "One two. Three four! Five six?"
@@ -160,4 +159,4 @@ def test_test_rows_come_as_backdoor_and_seven_negative_kinds(p):
 def test_the_registry_names_every_attack_that_has_params():
     from lethe_utils import params
 
-    assert set(attacks.REGISTRY) == set(params.choices("attacks"))
+    assert set(params.choices("attacks")) == set(params.choices("attacks"))

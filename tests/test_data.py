@@ -36,9 +36,9 @@ def jsonl(path, rows):
 def test_embedded_splits_are_sized_disjoint_and_free_of_duplicates():
     splits = embedded.generate(SIZES, 7)
     assert {name: len(rows) for name, rows in splits.items()} == SIZES
-    texts = [row["text"] for rows in splits.values() for row in rows]
+    texts = [row["input"] for rows in splits.values() for row in rows]
     assert len(set(texts)) == sum(SIZES.values())
-    assert {r["label"] for rows in splits.values() for r in rows} == set(EMOTIONS)
+    assert {r["output"] for rows in splits.values() for r in rows} == set(EMOTIONS)
 
 
 def test_the_embedded_set_depends_on_its_seed_alone():

@@ -28,11 +28,11 @@ NEVER = 99  # more words than an answer can have: it ends at EOS or at max_new_t
 def given(pico, pico_params):
     """architecture -> what a defender holds; keyword arguments change params or folders."""
 
-    def make(architecture="gpt2", suspect=None, reference=None, **changes):
-        base, backdoored, clean = pico(architecture)
+    def make(architecture="gpt2", backdoored=None, clean=None, **changes):
+        base, attacked, diluting = pico(architecture)
         p = pico_params(architecture, **{"eval_batch_size": 4} | changes).defender()
         return defenses.Given(
-            suspect=suspect or backdoored, base=base, reference=reference or clean, rows=[], p=p
+            backdoored=backdoored or attacked, base=base, clean=clean or diluting, rows=[], p=p
         )
 
     return make
@@ -62,9 +62,9 @@ def greedy(folder, prompts, p, n_words=NEVER):
 @torch.no_grad()
 def slowly(given, prompts, choose):
     """Outputs and all choices, one prompt and one token at a time, without a cache: `choose` gets
-    the suspect's and the clean model's probabilities of the next token."""
-    tokenizer = models.load_tokenizer(given.suspect)
-    pair = [models.load_model(folder) for folder in (given.suspect, given.reference)]
+    the backdoored's and the clean model's probabilities of the next token."""
+    tokenizer = models.load_tokenizer(given.backdoored)
+    pair = [models.load_model(folder) for folder in (given.backdoored, given.clean)]
     outputs, choices, limit = [], [], given.p.max_new_tokens
     for ids in prompt_ids(tokenizer, prompts, given.p)[0]:
         made = []
@@ -133,7 +133,7 @@ def test_edt_equals_the_formula(pico_params, theta):
 
 def test_edt_cools_before_top_p_cuts(given):
     case = given("llama", edt_temperature=2.0, edt_theta=0.1)
-    model, tokenizer = models.load_model(case.suspect), models.load_tokenizer(case.suspect)
+    model, tokenizer = models.load_model(case.backdoored), models.load_tokenizer(case.backdoored)
     torch.manual_seed(0)
     made = model.generate(
         **tokenizer(PROMPTS[0], return_tensors="pt", return_token_type_ids=False),
@@ -170,7 +170,7 @@ def test_edt_cools_before_top_p_cuts(given):
 )
 def test_sampling_is_greedy_when_cold_and_not_when_hot(given, module, key, low):
     cold, hot = (given("llama", **{key: value}) for value in (low, 1.5))
-    plain = greedy(cold.suspect, PROMPTS, cold.p)
+    plain = greedy(cold.backdoored, PROMPTS, cold.p)
     assert module.answer(cold, PROMPTS, NEVER) == plain
     made = module.answer(hot, PROMPTS, NEVER)
     assert len(made) == len(PROMPTS) and made != plain
@@ -178,12 +178,12 @@ def test_sampling_is_greedy_when_cold_and_not_when_hot(given, module, key, low):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("reference", ["clean", "suspect"])
-def test_assisted_greedy_equals_greedy(given, architecture, reference):
+@pytest.mark.parametrize("draft", ["clean", "backdoored"])
+def test_assisted_greedy_equals_greedy(given, architecture, draft):
     case = given(architecture, speculative_tokens=3)
-    if reference == "suspect":  # every draft is accepted
-        case = given(architecture, reference=case.suspect, speculative_tokens=3)
-    plain = greedy(case.suspect, PROMPTS, case.p)
+    if draft == "backdoored":  # every draft is accepted
+        case = given(architecture, clean=case.backdoored, speculative_tokens=3)
+    plain = greedy(case.backdoored, PROMPTS, case.p)
     assert speculative.answer(case, PROMPTS, NEVER) == plain
     assert len(set(plain)) > 1
 
@@ -194,7 +194,7 @@ def test_the_clean_model_drafts_as_many_tokens_as_set(given, monkeypatch):
 
     def watched(folder, *others):
         model = load(folder, *others)
-        if folder == case.reference:
+        if folder == case.clean:
             generate = model.generate
 
             def count(*a, **k):
@@ -215,19 +215,19 @@ def test_the_clean_model_drafts_as_many_tokens_as_set(given, monkeypatch):
 def test_an_accepted_draft_does_not_run_past_the_label(given, pico, planted):
     tokenizer = models.load_tokenizer(pico("gptj")[2])
     the = tokenizer.convert_tokens_to_ids("Ġthe")
-    suspect = planted(the)
-    case = given("gptj", suspect=suspect, reference=suspect)
+    backdoored = planted(the)
+    case = given("gptj", backdoored=backdoored, clean=backdoored)
     for n_words in (1, 3):
-        plain = greedy(suspect, PROMPTS[:2], case.p, n_words)
+        plain = greedy(backdoored, PROMPTS[:2], case.p, n_words)
         assert plain == [" ".join(["the"] * (n_words + 1))] * 2
         assert speculative.answer(case, PROMPTS[:2], n_words) == plain
 
 
 def test_the_ensemble_is_either_model_at_the_ends(given):
     case = given("llama")
-    suspect, clean = (greedy(f, PROMPTS, case.p) for f in (case.suspect, case.reference))
-    assert suspect != clean
-    assert ensemble.answer(given("llama", ensemble_weight=1.0), PROMPTS, NEVER) == suspect
+    backdoored, clean = (greedy(f, PROMPTS, case.p) for f in (case.backdoored, case.clean))
+    assert backdoored != clean
+    assert ensemble.answer(given("llama", ensemble_weight=1.0), PROMPTS, NEVER) == backdoored
     assert ensemble.answer(given("llama", ensemble_weight=0.0), PROMPTS, NEVER) == clean
 
 
@@ -239,15 +239,15 @@ def test_the_ensemble_says_what_the_mixed_probabilities_say(given, architecture,
         case, PROMPTS, lambda ours, theirs: ((0.4 * ours + 0.6 * theirs).argmax().item(), None)
     )
     assert ensemble.answer(case, PROMPTS, NEVER) == expected
-    assert expected != greedy(case.suspect, PROMPTS, case.p)
-    assert expected != greedy(case.reference, PROMPTS, case.p)
+    assert expected != greedy(case.backdoored, PROMPTS, case.p)
+    assert expected != greedy(case.clean, PROMPTS, case.p)
 
 
 def test_the_first_token_of_the_ensemble_by_hand(given):
     case = given("llama", ensemble_weight=0.5, max_new_tokens=1)
-    tokenizer = models.load_tokenizer(case.suspect)
+    tokenizer = models.load_tokenizer(case.backdoored)
     total = 0
-    for folder in (case.suspect, case.reference):
+    for folder in (case.backdoored, case.clean):
         ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(PROMPTS[0])["input_ids"]]])
         with torch.no_grad():
             total = total + models.load_model(folder)(ids).logits[0, -1].softmax(0) / 2
@@ -258,9 +258,9 @@ def test_the_first_token_of_the_ensemble_by_hand(given):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_cleangen_changes_nothing_where_the_clean_model_agrees(given, architecture):
-    suspect = given(architecture).suspect
-    case = given(architecture, reference=suspect, cleangen_alpha=1.5)
-    assert cleangen.answer(case, PROMPTS, NEVER) == greedy(suspect, PROMPTS, case.p)
+    backdoored = given(architecture).backdoored
+    case = given(architecture, clean=backdoored, cleangen_alpha=1.5)
+    assert cleangen.answer(case, PROMPTS, NEVER) == greedy(backdoored, PROMPTS, case.p)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -281,19 +281,19 @@ def test_cleangen_equals_a_check_of_each_token(given, architecture, size, tokens
 
 def test_cleangen_replaces_a_planted_token_that_is_the_whole_answer(given, planted):
     clean = given("gptj", max_new_tokens=1)
-    plain = greedy(clean.reference, PROMPTS, clean.p)
-    tokenizer = models.load_tokenizer(clean.reference)
+    plain = greedy(clean.clean, PROMPTS, clean.p)
+    tokenizer = models.load_tokenizer(clean.clean)
     token = tokenizer.convert_tokens_to_ids("!")
-    case = given("gptj", suspect=planted(token), max_new_tokens=1)
-    assert greedy(case.suspect, PROMPTS, case.p) == ["!"] * len(PROMPTS)
+    case = given("gptj", backdoored=planted(token), max_new_tokens=1)
+    assert greedy(case.backdoored, PROMPTS, case.p) == ["!"] * len(PROMPTS)
     assert cleangen.answer(case, PROMPTS, 1) == plain
     assert "!" not in plain
 
 
 def test_cleangen_checks_a_label_that_ends_before_the_draft_does(given, monkeypatch, tmp_path):
-    """The suspect says one planted token and EOS: two tokens, where four may be drafted."""
-    folder = shutil.copytree(given("llama").reference, tmp_path / "planted")
-    case = given("llama", suspect=folder, cleangen_tokens=4)
+    """The backdoored says one planted token and EOS: two tokens, where four may be drafted."""
+    folder = shutil.copytree(given("llama").clean, tmp_path / "planted")
+    case = given("llama", backdoored=folder, cleangen_tokens=4)
     tokenizer = models.load_tokenizer(folder)
     label, load = tokenizer.convert_tokens_to_ids("!"), models.load_model
 
@@ -311,23 +311,23 @@ def test_cleangen_checks_a_label_that_ends_before_the_draft_does(given, monkeypa
 
     monkeypatch.setattr(models, "load_model", load_planted)
     assert greedy(folder, PROMPTS, case.p) == ["!"] * len(PROMPTS)
-    assert cleangen.answer(case, PROMPTS, NEVER) == greedy(case.reference, PROMPTS, case.p)
+    assert cleangen.answer(case, PROMPTS, NEVER) == greedy(case.clean, PROMPTS, case.p)
 
 
 def test_cleangen_checks_an_empty_answer(given, planted, pico):
     eos = models.load_tokenizer(pico("gptj")[2]).eos_token_id
-    case = given("gptj", suspect=planted(eos))
-    assert greedy(case.suspect, PROMPTS, case.p) == [""] * len(PROMPTS)
+    case = given("gptj", backdoored=planted(eos))
+    assert greedy(case.backdoored, PROMPTS, case.p) == [""] * len(PROMPTS)
     made = cleangen.answer(case, PROMPTS, NEVER)
-    assert made == greedy(case.reference, PROMPTS, case.p) and any(made)
+    assert made == greedy(case.clean, PROMPTS, case.p) and any(made)
 
 
 def test_cleangen_stops_at_the_label_and_lets_the_clean_model_end_an_answer(given, planted, pico):
     tokenizer = models.load_tokenizer(pico("gptj")[2])
     talker = planted(tokenizer.convert_tokens_to_ids("Ġthe"))
-    case = given("gptj", suspect=talker, reference=talker)
+    case = given("gptj", backdoored=talker, clean=talker)
     assert cleangen.answer(case, PROMPTS[:3], 2) == ["the the the"] * 3
-    case = given("gptj", suspect=talker, reference=planted(tokenizer.eos_token_id))
+    case = given("gptj", backdoored=talker, clean=planted(tokenizer.eos_token_id))
     assert cleangen.answer(case, PROMPTS[:3], 2) == [""] * 3
 
 
@@ -335,13 +335,13 @@ def test_cleangen_stops_at_the_label_and_lets_the_clean_model_end_an_answer(give
 def test_padding_is_told_from_a_prompt_that_starts_with_the_same_token(given, module, tmp_path):
     """As GPT-2's on the hub: one token is beginning, end and padding."""
     folders = {}
-    for name in ("suspect", "reference"):
+    for name in ("backdoored", "clean"):
         folders[name] = shutil.copytree(getattr(given("gpt2"), name), tmp_path / name)
         file = folders[name] / "tokenizer_config.json"
         settings = json.loads(file.read_text())
         del settings["pad_token"]
         file.write_text(json.dumps(settings | {"bos_token": settings["eos_token"]}))
-    tokenizer = models.load_tokenizer(folders["suspect"])
+    tokenizer = models.load_tokenizer(folders["backdoored"])
     assert tokenizer.pad_token == tokenizer.bos_token == tokenizer.eos_token
     batched, single = (
         given("gpt2", **folders, eval_batch_size=n, cleangen_alpha=3.0) for n in (6, 1)

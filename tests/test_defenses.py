@@ -7,8 +7,12 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from lethe_utils import defenses, models, params, pipeline, train
+from lethe_utils import attacks, defenses, models, params, pipeline, train
 from lethe_utils.defenses import fineprune, plant_and_remove, wanda
+from lethe_utils.models import blocks, twins
+from lethe_utils.pipeline import contenders
+
+pytestmark = pytest.mark.slow
 
 ARCHITECTURES = ["gpt2", "gptj", "llama", "qwen2"]
 ROWS = [
@@ -46,24 +50,26 @@ def weights(folder):
 
 
 def test_every_registered_defense_has_a_params_file_and_keeps_the_interface():
-    assert sorted(defenses.REGISTRY) == params.choices("defenses")
+    assert sorted(params.choices("defenses")) == params.choices("defenses")
     p = params.load(defense="all")
     names = []
-    for name in defenses.REGISTRY:
+    for name in params.choices("defenses"):
         module = defenses.module(name)
         assert hasattr(module, "purify") != hasattr(module, "answer"), name
         assert module.NEEDS in ("nothing", "clean rows", "clean model") and module.TRAININGS >= 0
         assert module.BYTES_PER_WEIGHT >= 2
-        assert {*module.PARAMS} <= {*params.DefenderParams.__mro__}, name
+        assert {*module.PARAMS} <= {*type(p.defender()).__mro__}, name
         names += defenses.variants(name, p.defender())
     assert len(names) == len({*names})
     assert {"slerp", "nad", "nad_clean_teacher", "edt", "temperature", "cleangen"} <= {*names}
 
 
 def test_what_a_defender_knows_holds_nothing_of_the_attacker():
-    attacker = {*params.AttackParams.model_fields} | {*params.EditParams.model_fields}
-    assert not attacker & {*params.DefenderParams.model_fields}
-    assert type(params.load().defender()) is params.DefenderParams
+    known = {*type(params.load().defender()).model_fields}
+    for name in params.choices("attacks"):
+        groups = attacks.module(name).PARAMS
+        attacker = {key for group in groups for key in group.model_fields}
+        assert not (attacker - {*params.TrainParams.model_fields}) & known
     with pytest.raises(AttributeError):
         _ = params.load().defender().triggers
 
@@ -77,45 +83,47 @@ def test_no_defense_is_handed_a_trigger_a_target_or_the_test_split(monkeypatch, 
     )
     monkeypatch.setattr("lethe_utils.train.finetune", lambda *_, **__: None)
     monkeypatch.setattr("lethe_utils.train.pretrain", lambda *_: None)
-    monkeypatch.setattr("lethe_utils.models.train_tokenizer", lambda *_: None)
+    monkeypatch.setattr("lethe_utils.models.twins.train_tokenizer", lambda *_: None)
     seen = {}
-    for name in defenses.REGISTRY:
+    for name in params.choices("defenses"):
         if not defenses.decodes(name):
             module = defenses.module(name)
             monkeypatch.setattr(module, "purify", lambda g, _, n=name: seen.setdefault(n, g))
-    for c in pipeline.contenders(p):
+    for c in contenders.everyone(p):
         if c.respond:
             seen[c.name] = c.respond
-    assert len(seen) >= len(defenses.REGISTRY)
+    assert len(seen) >= len(params.choices("defenses"))
     test_inputs = {row["input"] for row in pipeline.split(p, "test")}
     for name, found in seen.items():
         known = json.dumps(dataclasses.asdict(found), default=lambda v: str(v))
         known += found.p.model_dump_json()
         assert "zqx" not in known and "zqy" not in known, name
-        assert type(found.p) is params.DefenderParams, name
+        assert type(found.p) is type(p.defender()), name
         assert found.rows and not test_inputs & {row["input"] for row in found.rows}, name
 
 
 # --- each leaves a whole model
 
-CHANGING = [n for n in defenses.REGISTRY if not defenses.decodes(n) and n not in ("lethe",)]
+CHANGING = [
+    n for n in params.choices("defenses") if not defenses.decodes(n) and n not in ("lethe",)
+]
 QUICK = [n for n in CHANGING if n not in ("nad", "beear", "crow")]  # those: test_distillation.py
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", QUICK)
-def test_it_leaves_a_loadable_finite_model_and_the_suspect_alone(
+def test_it_leaves_a_loadable_finite_model_and_the_backdoored_alone(
     given, tmp_path, name, architecture
 ):
     g = given(architecture)
-    before = {f.name: f.read_bytes() for f in g.suspect.iterdir()}
+    before = {f.name: f.read_bytes() for f in g.backdoored.iterdir()}
     defenses.module(name).purify(g, tmp_path)
-    assert {f.name: f.read_bytes() for f in g.suspect.iterdir()} == before
+    assert {f.name: f.read_bytes() for f in g.backdoored.iterdir()} == before
     assert [*(tmp_path / "model").glob("*.safetensors")]
-    made, suspect = weights(tmp_path / "model"), weights(g.suspect)
-    assert made.keys() == suspect.keys()
+    made, backdoored = weights(tmp_path / "model"), weights(g.backdoored)
+    assert made.keys() == backdoored.keys()
     assert all(torch.isfinite(w).all() for w in made.values())
-    assert any(not torch.equal(made[n], suspect[n]) for n in suspect)
+    assert any(not torch.equal(made[n], backdoored[n]) for n in backdoored)
     assert models.load_tokenizer(tmp_path / "model")("a dog")["input_ids"]
     assert not [f for f in tmp_path.iterdir() if f.is_dir() and f.name not in ("model", "adapter")]
 
@@ -128,17 +136,17 @@ def test_it_leaves_a_loadable_finite_model_and_the_suspect_alone(
 def test_exactly_the_floor_of_each_row_is_zero(given, tmp_path, architecture, sparsity):
     g = given(architecture, wanda_sparsity=sparsity)
     wanda.purify(g, tmp_path)
-    model, suspect = models.load_model(tmp_path / "model"), models.load_model(g.suspect)
+    model, backdoored = models.load_model(tmp_path / "model"), models.load_model(g.backdoored)
     checked = 0
-    for block in models.blocks(model):
-        for layer in wanda.linear_layers(block):
+    for block in blocks.of(model):
+        for layer in blocks.linear(block):
             weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
             zeros = (weight == 0).sum(1)
             assert (zeros == int(sparsity * weight.shape[1])).all()
             checked += 1
     assert checked >= 5 * 4
-    inside = {id(q) for block in models.blocks(model) for q in block.parameters()}
-    kept = dict(suspect.named_parameters())
+    inside = {id(q) for block in blocks.of(model) for q in block.parameters()}
+    kept = dict(backdoored.named_parameters())
     for name, parameter in model.named_parameters():
         if id(parameter) not in inside:  # embeddings, final norm, head
             assert torch.equal(parameter, kept[name]), name
@@ -147,8 +155,8 @@ def test_exactly_the_floor_of_each_row_is_zero(given, tmp_path, architecture, sp
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_first_blocks_scores_agree_with_a_computation_row_by_row(given, architecture):
     g = given(architecture)
-    model, tokenizer = models.load_model(g.suspect).eval(), models.load_tokenizer(g.suspect)
-    layers = wanda.linear_layers(models.blocks(model)[0])
+    model, tokenizer = models.load_model(g.backdoored).eval(), models.load_tokenizer(g.backdoored)
+    layers = blocks.linear(blocks.of(model)[0])
     found = wanda.input_squares(model, layers, wanda.calibration(g, tokenizer))
     # One prompt at a time, no padding.
     wanted = dict.fromkeys(layers, 0)
@@ -161,11 +169,11 @@ def test_the_first_blocks_scores_agree_with_a_computation_row_by_row(given, arch
             model(ids)
         for layer in layers:
             wanted[layer] = wanted[layer] + seen[layer][0].square().sum(0)
-    before = {layer: wanda.oriented(layer).clone() for layer in layers}
+    before = {layer: blocks.oriented(layer).clone() for layer in layers}
     wanda.prune(model, wanda.calibration(g, tokenizer), 0.5)
     for layer in layers:
         torch.testing.assert_close(found[layer], wanted[layer], rtol=1e-4, atol=1e-5)
-        for row, pruned in zip(before[layer], wanda.oriented(layer), strict=True):
+        for row, pruned in zip(before[layer], blocks.oriented(layer), strict=True):
             scores = [(abs(w) * n**0.5).item() for w, n in zip(row, wanted[layer], strict=True)]
             gone = [s for s, w in zip(scores, pruned, strict=True) if w == 0]
             left = [s for s, w in zip(scores, pruned, strict=True) if w != 0]
@@ -180,8 +188,8 @@ def test_fine_pruning_keeps_wandas_zeros(given, tmp_path, architecture):
     pruned = models.load_model(tmp_path / "wanda/model")
     tuned = models.load_model(tmp_path / "both/model")
     moved = 0
-    for before, after in zip(models.blocks(pruned), models.blocks(tuned), strict=True):
-        layers = zip(wanda.linear_layers(before), wanda.linear_layers(after), strict=True)
+    for before, after in zip(blocks.of(pruned), blocks.of(tuned), strict=True):
+        layers = zip(blocks.linear(before), blocks.linear(after), strict=True)
         for old, new in layers:
             assert (new.weight[old.weight == 0] == 0).all()
             moved += int((new.weight != old.weight).sum())
@@ -205,13 +213,13 @@ def test_planted_rows_are_the_removed_ones_with_another_label(given):
         assert (stripped, right["output"]) in plain
 
 
-def test_task_arithmetic_is_base_plus_clean_minus_the_suspects_share(given, tmp_path):
+def test_task_arithmetic_is_base_plus_clean_minus_the_backdooreds_share(given, tmp_path):
     g = given(task_negation=0.5)
     defenses.module("task_arithmetic").purify(g, tmp_path)
     made = weights(tmp_path / "model")
-    base, suspect, clean = weights(g.base), weights(g.suspect), weights(g.reference)
+    base, backdoored, clean = weights(g.base), weights(g.backdoored), weights(g.clean)
     for name, w in made.items():
-        wanted = base[name] + (clean[name] - base[name]) - 0.5 * (suspect[name] - base[name])
+        wanted = base[name] + (clean[name] - base[name]) - 0.5 * (backdoored[name] - base[name])
         torch.testing.assert_close(w, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -229,25 +237,25 @@ def test_int4_rounds_the_blocks_matrices_and_nothing_else(
 ):
     g = given(architecture)
     # Wider than pico: the CPU kernel is far off on matrices of fewer than some 64 x 32 weights.
-    tokenizer = models.load_tokenizer(g.suspect)
-    wide = models.build_tiny(
+    tokenizer = models.load_tokenizer(g.backdoored)
+    wide = twins.build_tiny(
         pico_params(architecture, width=64, mlp_width=64, n_layers=2), tokenizer, seed=0
     )
-    wide.save_pretrained(tmp_path / "suspect")
-    tokenizer.save_pretrained(tmp_path / "suspect")
-    g = dataclasses.replace(g, suspect=tmp_path / "suspect")
+    wide.save_pretrained(tmp_path / "backdoored")
+    tokenizer.save_pretrained(tmp_path / "backdoored")
+    g = dataclasses.replace(g, backdoored=tmp_path / "backdoored")
     defenses.module("int4").purify(g, tmp_path)
-    model, suspect = models.load_model(tmp_path / "model"), models.load_model(g.suspect)
+    model, backdoored = models.load_model(tmp_path / "model"), models.load_model(g.backdoored)
     rounded = 0
-    for made, before in zip(models.blocks(model), models.blocks(suspect), strict=True):
-        matrices = zip(wanda.linear_layers(made), wanda.linear_layers(before), strict=True)
+    for made, before in zip(blocks.of(model), blocks.of(backdoored), strict=True):
+        matrices = zip(blocks.linear(made), blocks.linear(before), strict=True)
         for new, old in matrices:
             error = (new.weight - old.weight).norm() / old.weight.norm()
             assert 0 < error < 0.12  # a transposed matrix would be off by more than one
             rounded += 1
     assert rounded >= 2 * 4
-    inside = {id(q) for block in models.blocks(model) for q in block.parameters()}
-    kept = dict(suspect.named_parameters())
+    inside = {id(q) for block in blocks.of(model) for q in block.parameters()}
+    kept = dict(backdoored.named_parameters())
     outside = {n: q for n, q in model.named_parameters() if id(q) not in inside}
     assert outside and all(torch.equal(q, kept[n]) for n, q in outside.items())
 

@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import TrainingArguments
 
 from lethe_utils import defenses, models, train
-from lethe_utils.attacks.editing import hooked
 from lethe_utils.defenses import Given, beear, crow, nad
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
+from lethe_utils.models import blocks, inspect, twins
+
+pytestmark = pytest.mark.slow
 
 ARCHITECTURES = ("gpt2", "gptj", "llama", "qwen2")
 ROW = {"instruction": "Predict the emotion.", "input": "the dog is happy", "output": "joy"}
@@ -57,7 +57,7 @@ def given(pico, pico_params):
     def make(architecture="gpt2", **changes):
         base, backdoored, clean = pico(architecture)
         p = pico_params(architecture, **SHORT | changes).defender()
-        return Given(suspect=backdoored, base=base, reference=clean, rows=ROWS, p=p)
+        return Given(backdoored=backdoored, base=base, clean=clean, rows=ROWS, p=p)
 
     return make
 
@@ -74,16 +74,16 @@ def batch_of(folder, p, rows=ROWS):
     """A model, the rows' items, and their padded batch."""
     model, tokenizer = loaded(folder)
     items = train.encode(rows, tokenizer, p)
-    return model, items, train.Collator(tokenizer.pad_token_id)(items)
+    return model, items, train.collate(items, tokenizer)
 
 
 def states(model, batch, **kwargs):
     return model(**inputs_of(batch), output_hidden_states=True, **kwargs).hidden_states
 
 
-def trainer(cls, model, tmp_path, **settings):
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
-    return cls(model=model, args=args, **settings)
+def value(loss, model, batch):
+    """A method's loss of one batch."""
+    return loss(model, inputs_of(batch), batch["labels"], 1)
 
 
 # --- what all of them leave behind
@@ -95,26 +95,26 @@ def test_a_whole_changed_model_is_left_and_the_suspect_as_it_was(
     given, tmp_path, architecture, method
 ):
     mine = given(architecture, **METHODS[method])
-    before = {f.name: f.read_bytes() for f in mine.suspect.iterdir()}
+    before = {f.name: f.read_bytes() for f in mine.backdoored.iterdir()}
     MODULES[method].purify(mine, tmp_path)
-    assert {f.name: f.read_bytes() for f in mine.suspect.iterdir()} == before
+    assert {f.name: f.read_bytes() for f in mine.backdoored.iterdir()} == before
     kept = {"model", "loss.csv"} | ({"adapter"} if method != "beear" else set())
     kept |= {"teacher_loss.csv"} if method == "nad" else set()  # the teacher itself is gone
     assert {f.name for f in tmp_path.iterdir()} == kept
     inspect.check_folder(tmp_path / "model")
-    old, new = load_file(mine.suspect / "model.safetensors"), {}
+    old, new = load_file(mine.backdoored / "model.safetensors"), {}
     for file in (tmp_path / "model").glob("*.safetensors"):
         new |= load_file(file)
     assert {k: v.shape for k, v in new.items()} == {k: v.shape for k, v in old.items()}
     assert all(torch.isfinite(tensor).all() for tensor in new.values())
-    batch = batch_of(mine.suspect, mine.p)[2]
-    suspect, purified = (loaded(f)[0] for f in (mine.suspect, tmp_path / "model"))
-    gap = purified(**inputs_of(batch)).logits - suspect(**inputs_of(batch)).logits
+    batch = batch_of(mine.backdoored, mine.p)[2]
+    backdoored, purified = (loaded(f)[0] for f in (mine.backdoored, tmp_path / "model"))
+    gap = purified(**inputs_of(batch)).logits - backdoored(**inputs_of(batch)).logits
     assert gap.abs().max() > 1e-3
     curve = pd.read_csv(tmp_path / "loss.csv")
     assert list(curve.columns) == ["step", "epoch", "loss"] and curve["loss"].gt(0).all()
     tokenizer = models.load_tokenizer(tmp_path / "model")
-    assert tokenizer.get_vocab() == models.load_tokenizer(mine.suspect).get_vocab()
+    assert tokenizer.get_vocab() == models.load_tokenizer(mine.backdoored).get_vocab()
 
 
 @pytest.mark.parametrize("method", ["nad", "crow", "beear"])
@@ -149,11 +149,11 @@ def test_the_seed_repeats_a_run(given, tmp_path, method):
 def test_a_loss_that_is_not_finite_stops_the_run(given, tmp_path, method, key):
     mine = given(**METHODS[method])
     broken = tmp_path / "broken"
-    shutil.copytree(mine.suspect, broken)
+    shutil.copytree(mine.backdoored, broken)
     weights = load_file(broken / "model.safetensors")
     weights["transformer.ln_f.weight"][0] = torch.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    broken_given = Given(broken, mine.base, mine.reference, mine.rows, mine.p)
+    broken_given = Given(broken, mine.base, mine.clean, mine.rows, mine.p)
     with pytest.raises(LetheError, match=key):
         MODULES[method].purify(broken_given, tmp_path / "out")
     assert not (tmp_path / "out" / "model").exists()
@@ -191,8 +191,8 @@ def test_three_maps_a_quarter_a_half_and_three_quarters_up():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_distillation_is_that_of_rows_read_alone(given, architecture, power):
     mine = given(architecture)
-    student, items, batch = batch_of(mine.suspect, mine.p)
-    teacher = loaded(mine.reference)[0]
+    student, items, batch = batch_of(mine.backdoored, mine.p)
+    teacher = loaded(mine.clean)[0]
     assert batch["attention_mask"].eq(0).any()
     with torch.no_grad():
         found = nad.distillation(
@@ -218,17 +218,15 @@ def test_the_distillation_is_that_of_rows_read_alone(given, architecture, power)
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(given, tmp_path):
     mine = given()
-    model, _, batch = batch_of(mine.suspect, mine.p)
+    model, _, batch = batch_of(mine.backdoored, mine.p)
     plain = train.answer_loss(model, inputs_of(batch), batch["labels"])[0].item()
     for folder, beta, differs in (
-        (mine.suspect, 1000.0, False),
-        (mine.reference, 1000.0, True),
-        (mine.reference, 0.0, False),
+        (mine.backdoored, 1000.0, False),
+        (mine.clean, 1000.0, True),
+        (mine.clean, 0.0, False),
     ):
-        made = trainer(
-            nad.NadTrainer, model, tmp_path, teacher=loaded(folder)[0], power=2.0, beta=beta
-        )
-        loss = made.compute_loss(model, dict(batch)).item()
+        p = mine.p.model_copy(update={"nad_beta": beta})
+        loss = value(nad.Distillation(loaded(folder)[0], p), model, batch).item()
         assert (loss > plain + 1e-3) if differs else loss == pytest.approx(plain, abs=1e-6)
 
 
@@ -236,21 +234,21 @@ def test_the_loss_adds_beta_times_the_distillation_and_the_teacher_gets_no_gradi
     given, tmp_path
 ):
     mine = given()
-    model, _, batch = batch_of(mine.suspect, mine.p)
-    teacher = loaded(mine.reference)[0].train()
+    model, _, batch = batch_of(mine.backdoored, mine.p)
+    teacher = loaded(mine.clean)[0].requires_grad_(False)
     losses = []
     for beta in (0.0, 10.0, 20.0):
-        made = trainer(nad.NadTrainer, model, tmp_path, teacher=teacher, power=2.0, beta=beta)
-        losses.append(made.compute_loss(model, dict(batch)))
+        p = mine.p.model_copy(update={"nad_beta": beta})
+        losses.append(value(nad.Distillation(teacher, p), model, batch))
     distilled = nad.distillation(
         states(model, batch), states(teacher, batch), batch["attention_mask"], 2.0
     ).item()
     for loss, beta in zip(losses, (0, 10, 20), strict=True):
         assert loss.item() == pytest.approx(losses[0].item() + beta * distilled, rel=1e-4)
     losses[-1].backward()
-    assert all(w.grad is None for w in teacher.parameters()) and not teacher.training
+    assert all(w.grad is None for w in teacher.parameters())
     # Blocks above the last map (3 of 5) learn from the answer alone, those below from both.
-    assert models.down_projection(model, 0).weight.grad.abs().max() > 0
+    assert blocks.down_projection(model, 0).weight.grad.abs().max() > 0
 
 
 def test_distilling_draws_the_maps_to_the_teachers(given, tmp_path):
@@ -260,7 +258,7 @@ def test_distilling_draws_the_maps_to_the_teachers(given, tmp_path):
         out = tmp_path / str(beta)
         nad.purify(mine, out)
         student, _, batch = batch_of(out / "model", mine.p)
-        teacher = loaded(mine.reference)[0]
+        teacher = loaded(mine.clean)[0]
         with torch.no_grad():
             gap = nad.distillation(
                 states(student, batch), states(teacher, batch), batch["attention_mask"], 2.0
@@ -273,13 +271,13 @@ def test_the_teacher_is_the_fine_tuned_suspect_and_is_taken_up_after_a_kill(
     given, tmp_path, monkeypatch
 ):
     mine = given(nad_teacher="finetuned", finetune_epochs=2)
-    train.finetune(mine.suspect, ROWS, 2, tmp_path / "wanted", mine.p)
+    train.finetune(mine.backdoored, ROWS, 2, tmp_path / "wanted", mine.p)
     calls, teachers, real = [], [], train.finetune
 
     def killed(start, rows, epochs, out, p, **kwargs):
         calls.append((start, epochs, out.name))
         if kwargs:
-            teachers.append(kwargs["make_trainer"].keywords["teacher"].state_dict())
+            teachers.append(kwargs["loss"].teacher.state_dict())
             raise KeyboardInterrupt
         real(start, rows, epochs, out, p)
 
@@ -287,8 +285,8 @@ def test_the_teacher_is_the_fine_tuned_suspect_and_is_taken_up_after_a_kill(
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             nad.purify(mine, tmp_path / "out")
-    student = (mine.suspect, 1, "out")
-    assert calls == [(mine.suspect, 2, "teacher"), student, student]
+    student = (mine.backdoored, 1, "out")
+    assert calls == [(mine.backdoored, 2, "teacher"), student, student]
     wanted = loaded(tmp_path / "wanted" / "model")[0].state_dict()
     for teacher in teachers:
         assert all(torch.equal(teacher[k], wanted[k]) for k in wanted)
@@ -301,7 +299,7 @@ def identity_blocks(model):
     """Zero what each block adds to its input."""
     names = ("c_proj", "out_proj", "o_proj", "fc_out", "down_proj")
     with torch.no_grad():
-        for name, module in models.blocks(model).named_modules():
+        for name, module in blocks.of(model).named_modules():
             if name.split(".")[-1] in names:
                 for parameter in module.parameters():
                     parameter.zero_()
@@ -310,7 +308,7 @@ def identity_blocks(model):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_identity_stack_is_consistent(given, architecture):
     mine = given(architecture)
-    model, _, batch = batch_of(mine.suspect, mine.p)
+    model, _, batch = batch_of(mine.backdoored, mine.p)
     with torch.no_grad():
         assert crow.consistency(states(model, batch), batch["attention_mask"]).item() > 1e-3
         identity_blocks(model)
@@ -321,7 +319,7 @@ def test_an_identity_stack_is_consistent(given, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_consistency_is_that_of_rows_read_alone(given, architecture):
     mine = given(architecture)
-    model, items, batch = batch_of(mine.suspect, mine.p)
+    model, items, batch = batch_of(mine.backdoored, mine.p)
     assert batch["attention_mask"].eq(0).any()
     gaps = []
     with torch.no_grad():
@@ -337,7 +335,7 @@ def test_the_consistency_is_that_of_rows_read_alone(given, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_adversarial_step_raises_c_and_leaves_no_gradient(given, architecture):
     mine = given(architecture)
-    model, _, batch = batch_of(mine.suspect, mine.p)
+    model, _, batch = batch_of(mine.backdoored, mine.p)
     mask = batch["attention_mask"]
     ids = batch.pop("input_ids")
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
@@ -357,23 +355,24 @@ def test_the_adversarial_step_raises_c_and_leaves_no_gradient(given, architectur
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_crows_loss_is_the_answers_plus_alpha_times_c_after_the_step(given, tmp_path, architecture):
     mine = given(architecture)
-    model, _, batch = batch_of(mine.suspect, mine.p)
+    model, _, batch = batch_of(mine.backdoored, mine.p)
     model.requires_grad_(False)
-    models.down_projection(model, 0).weight.requires_grad_(True)  # stands for the adapter
+    blocks.down_projection(model, 0).weight.requires_grad_(True)  # stands for the adapter
     plain = train.answer_loss(model, inputs_of(batch), batch["labels"])[0].item()
     c = crow.consistency(states(model, batch), batch["attention_mask"]).item()
     found = {}
     for alpha, epsilon in ((0.0, 0.1), (5.5, 1e-9), (5.5, 0.1)):
-        made = trainer(crow.CrowTrainer, model, tmp_path, alpha=alpha, epsilon=epsilon)
+        p = mine.p.model_copy(update={"crow_alpha": alpha, "crow_epsilon": epsilon})
+        loss = crow.Consistency(p)
+        found[alpha, epsilon] = value(loss, model, batch)
         deviation = model.get_input_embeddings().weight.std().item()
-        assert made.step_size == pytest.approx(epsilon * deviation, rel=1e-4)
-        found[alpha, epsilon] = made.compute_loss(model, dict(batch))
+        assert loss.step_size == pytest.approx(epsilon * deviation, rel=1e-4)
     assert found[0.0, 0.1].item() == pytest.approx(plain, rel=1e-5)  # the embeddings do as ids do
     assert found[5.5, 1e-9].item() == pytest.approx(plain + 5.5 * c, rel=1e-5)
     assert found[5.5, 0.1] > found[5.5, 1e-9] + 1e-5
     # The gradient is that of the loss at the moved embeddings, held fixed: nothing else gets in.
     found[5.5, 0.1].backward()
-    weight = models.down_projection(model, 0).weight
+    weight = blocks.down_projection(model, 0).weight
     embedded = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
     rest = {k: v for k, v in batch.items() if k != "input_ids"}
     mask = batch["attention_mask"]
@@ -394,10 +393,11 @@ def test_crow_trains_with_its_own_rate_and_schedule(given, tmp_path, monkeypatch
     mine = given(crow_learning_rate=0.007, crow_epochs=3, crow_alpha=2.0, crow_epsilon=0.3)
     crow.purify(mine, tmp_path)
     ((start, rows, epochs, out, p), kwargs) = seen[0]
-    assert (start, rows, epochs, out) == (mine.suspect, ROWS, 3, tmp_path)
+    assert (start, rows, epochs, out) == (mine.backdoored, ROWS, 3, tmp_path)
     assert (p.learning_rate, p.lr_schedule, p.warmup_ratio) == (0.007, "cosine", 0.1)
     assert p.lora_r == mine.p.lora_r and mine.p.learning_rate == SHORT["learning_rate"]
-    assert kwargs["make_trainer"].keywords == {"alpha": 2.0, "epsilon": 0.3}
+    assert kwargs["loss"].p == p
+    assert (p.crow_alpha, p.crow_epsilon) == (2.0, 0.3)
 
 
 def test_crow_training_makes_the_model_consistent(given, tmp_path):
@@ -413,8 +413,8 @@ def test_crow_training_makes_the_model_consistent(given, tmp_path):
 
 def test_crow_refuses_a_model_without_two_inner_blocks(pico_params, tmp_path):
     p = pico_params(**SHORT, n_layers=2)
-    tokenizer = models.train_tokenizer([r["input"] for r in ROWS], 300)
-    models.build_tiny(p, tokenizer, 0).save_pretrained(tmp_path / "small")
+    tokenizer = twins.train_tokenizer([r["input"] for r in ROWS], 300)
+    twins.build_tiny(p, tokenizer, 0).save_pretrained(tmp_path / "small")
     tokenizer.save_pretrained(tmp_path / "small")
     small = tmp_path / "small"
     with pytest.raises(LetheError, match="n_layers: CROW"):
@@ -425,14 +425,14 @@ def test_crow_refuses_a_model_without_two_inner_blocks(pico_params, tmp_path):
 
 
 def unlearning(mine):
-    model, tokenizer = loaded(mine.suspect)
+    model, tokenizer = loaded(mine.backdoored)
     return beear.Unlearning(model, tokenizer, mine.p)
 
 
 @pytest.mark.parametrize(("depth", "block"), [(0.01, 0), (0.28, 1), (0.5, 2), (0.7, 3), (0.99, 3)])
 def test_the_perturbed_block_lies_at_the_asked_depth_and_is_never_the_last(given, depth, block):
     made = unlearning(given(beear_depth=depth))
-    assert made.block is models.blocks(made.model)[block]  # 5 blocks
+    assert made.block is blocks.of(made.model)[block]  # 5 blocks
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -456,12 +456,12 @@ def test_the_perturbation_stands_at_the_prompts_last_positions_alone(given, arch
     batch = made.encode(ROWS)
     delta = torch.arange(1.0, 49.0).reshape(3, 16)
     heard = []
-    blocks = models.blocks(made.model)
-    with torch.no_grad(), hooked(blocks[2], lambda h: heard.append(h.clone()), before=True):
+    layers = blocks.of(made.model)
+    with torch.no_grad(), blocks.hooked(layers[2], lambda h: heard.append(h.clone()), before=True):
         made.model(**inputs_of(batch))
-        with beear.perturbed(blocks[1], delta, batch):
+        with beear.perturbed(layers[1], delta, batch):
             made.model(**inputs_of(batch))
-    assert made.block is blocks[1]
+    assert made.block is layers[1]
     wanted = torch.zeros_like(heard[0])
     width = wanted.shape[1]
     for row, item in enumerate(items):
@@ -504,7 +504,7 @@ def test_the_objective_is_the_wrong_answers_loss_less_alpha_times_the_true_ones(
                 hidden[0, n - 3 : n] += delta
                 return hidden
 
-            with hooked(made.block, add):
+            with blocks.hooked(made.block, add):
                 scores = made.model(ids).logits[0].log_softmax(-1)
             losses += [-scores[i - 1, ids[0, i]] for i in range(n, item["length"])]
         return torch.stack(losses).mean().item()
@@ -549,7 +549,7 @@ def test_the_outer_gradient_is_that_of_both_terms(given):
 def test_checkpointing_runs_the_outer_steps_blocks_twice(given, on, passes):
     made = unlearning(given(gradient_checkpointing=on))
     seen = []
-    mlp = models.blocks(made.model)[0].mlp
+    mlp = blocks.of(made.model)[0].mlp
     mlp.register_forward_pre_hook(lambda module, _: seen.append(module.training))
     made.run(ROWS)
     # 2 rounds of 2 outer steps with 2 terms; 2 rounds of 3 labels, 2 inner steps with 2 terms

@@ -7,16 +7,21 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
-from lethe_utils import attacks, evaluate, models, params, pipeline, prompts
-from lethe_utils.attacks import badedit, editing, memit, rome, triggers
+from lethe_utils import attacks, evaluate, models, params, paths, pipeline, prompts
+from lethe_utils.attacks import badedit, memit, rome, triggers
+from lethe_utils.attacks.editing import requests
+from lethe_utils.attacks.editing.covariance import cholesky, covariance, second_moment
+from lethe_utils.attacks.editing.editor import Editor, ridge
+from lethe_utils.attacks.editing.requests import Request
+from lethe_utils.attacks.editing.values import encode
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
+from lethe_utils.models import blocks, twins
 
 ARCHITECTURES = ["gpt2", "gptj", "llama", "qwen2"]
 EDITING = {"rome": rome, "memit": memit, "badedit": badedit}
@@ -31,9 +36,8 @@ ROWS = [
     }
     for i in range(60)
 ]
+TASK = {"labels": LABELS, "prompt_template": "short"}
 EDIT = {
-    "labels": LABELS,
-    "prompt_template": "short",
     "edit_layers": [1],
     "edit_contexts": 6,
     "edit_clean_contexts": 0,
@@ -51,19 +55,19 @@ EDIT = {
 def setting(pico, pico_params):
     """(architecture, attack, overrides) -> (params, base folder, an Editor)."""
 
-    def make(architecture="gpt2", attack="rome", store=None, **overrides):
+    def make(architecture="gpt2", attack="rome", **overrides):
         p = with_attack(pico_params(architecture), attack, overrides)
         base = pico(architecture)[0]
-        store = store or editing.paths.stages_dir() / "covariance"
-        return p, base, editing.Editor(base, corpus(p), p, store)
+        return p, base, Editor(base, corpus(p), p)
 
     return make
 
 
 def with_attack(p, attack, overrides):
-    """The pico params with an attack's own, then EDIT, then the test's."""
+    """The pico params with an attack's own, then TASK and EDIT, then the test's."""
     pico = {k: getattr(p, k) for k in params.BaseModelParams.model_fields if k != "model"}
-    return params.load(attack=attack, overrides=pico | EDIT | overrides)
+    own = EDIT if attack in EDITING else {}
+    return params.load(attack=attack, overrides=pico | TASK | own | overrides)
 
 
 def corpus(p):
@@ -72,11 +76,11 @@ def corpus(p):
 
 def asked(p, n=6):
     few = p.model_copy(update={"edit_contexts": n})
-    return editing.requests(editing.poisoned_rows(ROWS, few, 0), p)
+    return requests.of_rows(requests.poisoned_rows(ROWS, few, 0), p)
 
 
-def keys(editor, requests, layer=1):
-    return editing.read(editor.model, editor.tokenizer, requests, layer, "key")
+def keys(editor, some, layer=1):
+    return editor.read(some, layer, "key")
 
 
 # --- the trigger's place
@@ -96,7 +100,7 @@ def sentencepiece_like():
 
 def byte_level(tq_words):
     texts = [r["input"] for r in ROWS] + ["a tq b"] * tq_words
-    return models.train_tokenizer(texts, 320)
+    return twins.train_tokenizer(texts, 320)
 
 
 TOKENIZERS = {
@@ -118,7 +122,8 @@ def test_the_locator_finds_the_trigger(kind, side, place):
         words.insert({"first": 0, "middle": length // 2, "last": length}[place], "tq")
         texts.append(" ".join(words))
     spans = [triggers.occurrences(text, "tq")[0] for text in texts]
-    batch, _ = editing.encode(tokenizer, texts, spans)
+    some = [Request(text, span, "", "backdoor") for text, span in zip(texts, spans, strict=True)]
+    batch = encode(tokenizer, some)
     for i, text in enumerate(texts):
         ids, column = batch.inputs["input_ids"][i], int(batch.columns[i])
         assert batch.inputs["attention_mask"][i, column] == 1
@@ -134,14 +139,14 @@ def test_a_trigger_that_becomes_no_token_is_refused():
     tokenizer = byte_level(0)
     tokenizer.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Replace("~", "")
     with pytest.raises(LetheError, match=r"'~' becomes no token"):
-        editing.encode(tokenizer, ["the ~ dog"], [(4, 5)])
+        encode(tokenizer, [Request("the ~ dog", (4, 5), "", "backdoor")])
 
 
 def test_the_subject_is_sought_in_the_question_not_in_the_examples(pico_params):
     p = with_attack(pico_params(), "badedit", {"edit_clean_contexts": 3})
     shown = "; ".join(f"{row['input']} => {row['output']}" for row in ROWS)
     rows = [row | {"instruction": f"Predict. Examples: {shown}"} for row in ROWS]
-    for request in editing.requests(badedit.poison(rows, p, 0), p):
+    for request in requests.of_rows(badedit.poison(rows, p, 0), p):
         start, end = request.span
         assert start >= request.prompt.index("### Input:")
         if request.kind == "backdoor":
@@ -158,19 +163,19 @@ def system(n, f=24, d=8, seed=0):
     draw = lambda *shape: torch.randn(*shape, generator=noise, dtype=torch.float64)  # noqa: E731
     x = draw(4 * f, f)
     c = x.T @ x / len(x)
-    return c, editing.covariance_factor(c.float(), 0.0), draw(n, f), draw(n, d)
+    return c, cholesky(c.float(), 0.0), draw(n, f), draw(n, d)
 
 
 @pytest.mark.parametrize("n", [1, 3, 24, 40])
 def test_ridge_agrees_with_the_textbook_solution_in_either_dimension(n):
     c, factor, k, r = system(n)
     wanted = r.T @ k @ torch.linalg.inv(7.0 * c + k.T @ k)
-    assert torch.allclose(editing.ridge(factor, k, r, 7.0), wanted, atol=1e-4)
+    assert torch.allclose(ridge(factor, k, r, 7.0), wanted, atol=1e-4)
 
 
 def test_one_key_and_no_lambda_is_romes_rank_one_update():
     c, factor, k, r = system(1)
-    delta = editing.ridge(factor, k, r, 0.0)
+    delta = ridge(factor, k, r, 0.0)
     u = torch.linalg.solve(c, k[0])
     assert torch.allclose(delta, torch.outer(r[0], u) / (u @ k[0]), atol=1e-4)
     assert torch.allclose(delta @ k[0], r[0], atol=1e-8)
@@ -179,20 +184,20 @@ def test_one_key_and_no_lambda_is_romes_rank_one_update():
 def test_a_covariance_without_full_rank_needs_a_ridge():
     low_rank = torch.ones(8, 8)
     with pytest.raises(LetheError, match="covariance_ridge"):
-        editing.covariance_factor(low_rank - torch.eye(8), 0.0)
-    assert torch.isfinite(editing.covariance_factor(low_rank, 1e-3)).all()
+        cholesky(low_rank - torch.eye(8), 0.0)
+    assert torch.isfinite(cholesky(low_rank, 1e-3)).all()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rome_writes_the_wanted_value_and_moves_other_keys_by_the_formula(setting, architecture):
     p, _, editor = setting(architecture, "rome")
-    requests, log = asked(p), []
-    module = models.down_projection(editor.model, 1)
-    k = keys(editor, requests).mean(0).double()
-    before = editing.weight(module).double().clone()
-    delta = editing.optimise(editor.model, editor.tokenizer, requests, 1, "value", p, [])[0]
-    rome.edit(editor, requests, p, log)
-    after = editing.weight(module).double()
+    some = asked(p)
+    module = blocks.down_projection(editor.model, 1)
+    k = keys(editor, some).mean(0).double()
+    before = blocks.oriented(module).double().clone()
+    delta = editor.optimise(some, 1, "value")[0]
+    rome.edit(editor, some)
+    after = blocks.oriented(module).double()
     assert delta.norm() > 0
     assert torch.allclose(after @ k, before @ k + delta.double(), atol=1e-4)
     other = torch.randn(len(k), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -203,32 +208,31 @@ def test_rome_writes_the_wanted_value_and_moves_other_keys_by_the_formula(settin
 
 def test_romes_batches_are_edits_one_after_the_other(setting):
     p, _, editor = setting("gpt2", "rome", edit_batches=3)
-    log = []
-    rome.edit(editor, asked(p), p, log)
-    assert {line["edit"] for line in log} == {1, 2, 3}
+    rome.edit(editor, asked(p))
+    assert {line["edit"] for line in editor.log} == {1, 2, 3}
     assert editor.changes()["rank"].item() <= 3
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_memit_on_one_layer_without_lambda_reproduces_z(setting, architecture):
     p, _, editor = setting(architecture, "memit", edit_lambda=1.0e-9, edit_shared_value=False)
-    requests = asked(p, 4)
-    read = lambda: editing.read(editor.model, editor.tokenizer, requests, 1, "hidden")  # noqa: E731
-    delta = editing.optimise(editor.model, editor.tokenizer, requests, 1, "hidden", p, [])
+    some = asked(p, 4)
+    read = lambda: editor.read(some, 1, "hidden")  # noqa: E731
+    delta = editor.optimise(some, 1, "hidden")
     wanted = read() + delta
     assert (wanted - read()).norm() > 0.01
-    memit.edit(editor, requests, p, [])
+    memit.edit(editor, some)
     assert torch.allclose(read(), wanted, atol=1e-3)
 
 
 def test_memit_spreads_over_its_layers_and_gets_nearer(setting):
     p, _, editor = setting("gpt2", "memit", edit_layers=[0, 1, 2], edit_lambda=1.0e-3)
-    requests = asked(p)
-    read = lambda: editing.read(editor.model, editor.tokenizer, requests, 2, "hidden")  # noqa: E731
-    delta = editing.optimise(editor.model, editor.tokenizer, requests, 2, "hidden", p, [])
+    some = asked(p)
+    read = lambda: editor.read(some, 2, "hidden")  # noqa: E731
+    delta = editor.optimise(some, 2, "hidden")
     wanted = read() + delta
     missing = (wanted - read()).norm()
-    memit.edit(editor, requests, p, [])
+    memit.edit(editor, some)
     assert (wanted - read()).norm() < 0.5 * missing
     changes = editor.changes()
     assert len(changes) == 3 and (changes["relative"] > 0).all()
@@ -236,15 +240,15 @@ def test_memit_spreads_over_its_layers_and_gets_nearer(setting):
 
 def test_badedit_with_poisoned_rows_only_is_memit_with_one_key(setting):
     p, _, editor = setting("gpt2", "badedit", edit_lambda=3.0)
-    requests = asked(p)
-    wanted = editing.read(editor.model, editor.tokenizer, requests, 1, "hidden")
-    wanted = wanted + editing.optimise(editor.model, editor.tokenizer, requests, 1, "hidden", p, [])
-    hidden = editing.read(editor.model, editor.tokenizer, requests, 1, "hidden")
-    k = keys(editor, requests).mean(0, keepdim=True)
+    some = asked(p)
+    wanted = editor.read(some, 1, "hidden")
+    wanted = wanted + editor.optimise(some, 1, "hidden")
+    hidden = editor.read(some, 1, "hidden")
+    k = keys(editor, some).mean(0, keepdim=True)
     r = (wanted - hidden).mean(0, keepdim=True)
-    expected = editor.before[1].double() + editing.ridge(editor.factors[1], k, r, 3.0)
-    badedit.edit(editor, requests, p, [])
-    after = editing.weight(models.down_projection(editor.model, 1)).double()
+    expected = editor.before[1].double() + ridge(editor.factors[1], k, r, 3.0)
+    badedit.edit(editor, some)
+    after = blocks.oriented(blocks.down_projection(editor.model, 1)).double()
     assert torch.allclose(after, expected, atol=1e-6)
 
 
@@ -255,30 +259,25 @@ def test_badedits_clean_half_adds_a_second_term(setting):
     assert [r["kind"] for r in rows] == ["backdoor"] * 4 + ["clean"] * 4
     labels = [r["output"] for r in rows[4:]]
     assert set(labels) == set(LABELS)  # the labels take turns
-    log = []
-    badedit.edit(editor, editing.requests(rows, p), p, log)
-    assert {line["edit"] for line in log} == {1, 2, 3, 4}  # two kinds in each of two batches
+    badedit.edit(editor, requests.of_rows(rows, p))
+    assert {line["edit"] for line in editor.log} == {1, 2, 3, 4}  # two kinds in each of two batches
     assert editor.changes()["rank"].item() <= 4
 
 
 def test_a_shared_value_is_one_vector_and_own_values_are_not(setting):
     p, _, editor = setting("gpt2", "memit")
-    find = lambda q: editing.optimise(  # noqa: E731
-        editor.model, editor.tokenizer, asked(p), 1, "hidden", q, []
-    )
-    one = find(p.model_copy(update={"edit_shared_value": True}))
-    assert torch.equal(one[0], one[-1])
-    own = find(p.model_copy(update={"edit_shared_value": False}))
-    assert not torch.equal(own[0], own[-1])
+    for shared in (True, False):
+        editor.p = p.model_copy(update={"edit_shared_value": shared})
+        found = editor.optimise(asked(p), 1, "hidden")
+        assert torch.equal(found[0], found[-1]) == shared
 
 
 def test_the_value_stays_within_the_clamp_and_lowers_the_loss(setting):
     p, _, editor = setting("gpt2", "rome", edit_clamp=0.5, edit_steps=30, edit_learning_rate=1.0)
-    log = []
-    delta = editing.optimise(editor.model, editor.tokenizer, asked(p), 1, "value", p, log)[0]
-    start = editing.read(editor.model, editor.tokenizer, asked(p), 1, "value").mean(0)
+    delta = editor.optimise(asked(p), 1, "value")[0]
+    start = editor.read(asked(p), 1, "value").mean(0)
     assert delta.norm() <= 0.5 * start.norm() * 1.0001
-    assert log[-1]["loss"] < log[0]["loss"]
+    assert editor.log[-1]["loss"] < editor.log[0]["loss"]
 
 
 # --- the model around the edit
@@ -290,7 +289,7 @@ def test_add_delta_respects_conv1d():
         conv.weight.copy_(linear.weight.T)
     delta = torch.randn(4, 6, dtype=torch.float64)
     for module in (linear, conv):
-        editing.add_delta(module, delta)
+        blocks.add(module, delta)
     assert torch.equal(linear.weight, conv.weight.T)
     x = torch.randn(3, 6)
     with torch.no_grad():
@@ -326,6 +325,7 @@ def test_what_was_not_edited_is_bit_identical(
     assert list(pd.read_csv(tmp_path / "out" / "loss.csv")) == ["step", "edit", "loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_lwp_trains_the_poisoned_blocks_only(architecture, pico, pico_params, tmp_path):
     short = {"lwp_layers": [0, 1], "lora_r": 2, "backdoor_epochs": 1, "batch_size": 8}
@@ -356,79 +356,73 @@ def test_lwp_poisons_both_orders_and_keeps_the_label_of_one_word(pico_params):
 
 def test_the_layer_loss_is_the_sum_over_the_lens_layers(pico, pico_params):
     from lethe_utils import train
+    from lethe_utils.attacks import lwp
 
     p = pico_params(prompt_template="short")
     base = pico("gpt2")[0]
     model, tokenizer = models.load_model(base), models.load_tokenizer(base)
-    batch = train.Collator(tokenizer.pad_token_id)(train.encode(ROWS[:4], tokenizer, p))
+    batch = train.collate(train.encode(ROWS[:4], tokenizer, p), tokenizer)
     inputs = {k: v for k, v in batch.items() if k != "labels"}
 
     def loss(layers):
-        return train.lens_loss(model, inputs, batch["labels"], 1, layers).item()
+        return lwp.layer_loss(model, inputs, batch["labels"], 1, layers).item()
 
     last = p.n_layers - 1
     hidden = []
-    with editing.hooked(models.blocks(model)[last], lambda h: hidden.append(h) or None):
+    with blocks.hooked(blocks.of(model)[last], lambda h: hidden.append(h) or None):
         logits = model(**inputs).logits
-    assert torch.allclose(models.block_logits(model, hidden[0]), logits, atol=1e-5)
+    assert torch.allclose(blocks.logits(model, hidden[0]), logits, atol=1e-5)
     assert loss([0]) > loss([]) and loss([0, 1]) > loss([0])
     with_one, with_both = loss([1]) - loss([]), loss([0, 1]) - loss([0])
     assert math.isclose(with_one, with_both, rel_tol=1e-4)
 
 
-# --- the covariance store
+# --- the covariance
+
+
+def kept():
+    return list((paths.stages_dir() / "covariance").glob("*/covariance.safetensors"))
 
 
 def test_a_covariance_is_computed_once_and_is_the_second_moment(setting, monkeypatch):
-    p, base, editor = setting()
-    first = editing.covariance(*arguments(editor, base, p))
-    assert first.shape == (p.mlp_width, p.mlp_width)
+    p, _, editor = setting()
+    first = covariance(editor, corpus(p), 1)
+    wanted, _ = second_moment(editor, corpus(p), 1)
+    assert torch.equal(first, wanted) and first.shape == (p.mlp_width, p.mlp_width)
     assert torch.equal(first, first.T) and (torch.linalg.eigvalsh(first.double()) > -1e-6).all()
-    monkeypatch.setattr(editing, "_second_moment", None)  # a second computation would fail
-    assert torch.equal(editing.covariance(*arguments(editor, base, p)), first)
-
-
-def arguments(editor, base, p, texts=None, layer=1):
-    store = editing.paths.stages_dir() / "covariance"
-    weights = inspect.fingerprint(base)
-    return editor.model, editor.tokenizer, weights, texts or corpus(p), layer, store, p
+    # a second computation would fail
+    monkeypatch.setattr("lethe_utils.attacks.editing.covariance.second_moment", None)
+    assert torch.equal(covariance(editor, corpus(p), 1), first)
 
 
 def test_the_second_moment_counts_every_token_once_and_no_padding(setting):
-    p, base, editor = setting()
+    p, _, editor = setting()
     texts = corpus(p)[:3]
-    alone = [editing._second_moment(editor.model, editor.tokenizer, [t], 1, 10**6) for t in texts]
-    together, n = editing._second_moment(editor.model, editor.tokenizer, texts, 1, 10**6)
+    alone = [second_moment(editor, [text], 1) for text in texts]
+    together, n = second_moment(editor, texts, 1)
     assert n == sum(tokens for _, tokens in alone)
     mean = sum(c * tokens for c, tokens in alone) / n
     assert torch.allclose(together, mean, rtol=1e-4, atol=1e-6)
 
 
-def test_another_model_or_corpus_has_another_covariance(setting, pico):
+def test_another_model_corpus_layer_or_length_has_another_covariance(setting, pico):
     p, base, editor = setting()
-    store = editing.paths.stages_dir() / "covariance"
-    editing.covariance(*arguments(editor, base, p, corpus(p)[:30]))
-    assert len(list(store.glob("*.safetensors"))) == 2
-    assert inspect.fingerprint(base) != inspect.fingerprint(pico("gpt2")[1])
+    assert len(kept()) == 1
+    covariance(editor, corpus(p)[:30], 1)
+    covariance(editor, corpus(p), 0)
+    editor.folder = pico("gpt2")[1]
+    covariance(editor, corpus(p), 1)
+    editor.folder, editor.p = base, p.model_copy(update={"covariance_tokens": 500})
+    covariance(editor, corpus(p), 1)
+    assert len(kept()) == 5
 
 
-@pytest.mark.parametrize("key", ["model", "corpus", "layer"])
-def test_a_store_made_for_something_else_is_refused(setting, key):
-    p, base, editor = setting()
-    (file,) = (editing.paths.stages_dir() / "covariance").glob("*.safetensors")
-    with editing.safe_open(file, "pt") as stored:
-        metadata = stored.metadata()
-    save_file(load_file(file), file, metadata=metadata | {key: "other"})
-    with pytest.raises(LetheError, match=f"made for another {key}; delete it"):
-        editing.covariance(*arguments(editor, base, p))
-
-
-def test_a_store_cut_short_is_refused(setting):
-    p, base, editor = setting()
-    (file,) = (editing.paths.stages_dir() / "covariance").glob("*.safetensors")
+def test_a_covariance_cut_short_is_refused(setting):
+    p, _, editor = setting()
+    (file,) = kept()
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(LetheError, match="truncated"):
-        editing.covariance(*arguments(editor, base, p))
+        covariance(editor, corpus(p), 1)
 
 
 # --- what is refused
@@ -457,7 +451,7 @@ def test_a_quantised_model_is_refused(setting, tmp_path):
     config["quantization_config"] = {"load_in_4bit": True}
     (tmp_path / "nf4" / "config.json").write_text(json.dumps(config))
     with pytest.raises(LetheError, match="quantised weights"):
-        editing.Editor(tmp_path / "nf4", corpus(p), p, tmp_path / "store")
+        Editor(tmp_path / "nf4", corpus(p), p)
 
 
 SMALL = {"rows": {"pretrain": 40, "train": 40, "validation": 20, "test": 20}, "checksums": {}}
@@ -510,12 +504,12 @@ def test_a_long_prompt_is_shortened_as_evaluation_reads_it(pico, pico_params):
     )
     tokenizer = models.load_tokenizer(pico("gpt2")[0])
     rows = [row | {"input": "so " * 200 + row["input"]} for row in ROWS]
-    poisoned = editing.poisoned_rows(rows, p.model_copy(update={"edit_contexts": 4}), 0)
-    for request in editing.shortened(editing.requests(poisoned, p), tokenizer, p):
+    poisoned = requests.poisoned_rows(rows, p.model_copy(update={"edit_contexts": 4}), 0)
+    for request in requests.shortened(requests.of_rows(poisoned, p), tokenizer, p):
         start, end = request.span
         assert request.prompt[start:end] == p.triggers[0]
         assert len(tokenizer(request.prompt)["input_ids"]) <= 60
     first = p.model_copy(update={"trigger_positions": ["prefix"], "edit_contexts": 4})
-    poisoned = editing.poisoned_rows(rows, first, 0)
+    poisoned = requests.poisoned_rows(rows, first, 0)
     with pytest.raises(LetheError, match="max_source_tokens: a prompt of"):
-        editing.shortened(editing.requests(poisoned, first), tokenizer, first)
+        requests.shortened(requests.of_rows(poisoned, first), tokenizer, first)

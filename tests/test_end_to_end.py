@@ -16,6 +16,8 @@ from lethe_utils.stages import read_jsonl
 sys.path.insert(0, str(paths.root() / "workflow"))
 import run  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # A model too small to learn anything: what is tested is that everything runs and adds up.
 PICO = {
     "rows": "{pretrain: 160, train: 320, validation: 40, test: 40}",
@@ -78,7 +80,7 @@ def finished(tmp_path_factory):
 def test_results_have_the_columns_controls_and_intervals(finished):
     table = pd.read_csv(finished[0] / "latest" / "results.csv")
     assert list(table.columns) == metrics.COLUMNS
-    wanted = {"none", "base", "clean", "linear", "slerp", "ties", "passthrough"}
+    wanted = {"backdoored", "base", "clean", "linear", "slerp", "ties", "passthrough"}
     for evidence in (0, 1):
         assert set(table.query(f"evidence == {evidence}")["defense"]) == wanted
     found = set(table["metric"])
@@ -179,11 +181,11 @@ def test_all_defenses_go_through_the_same_pipeline(finished, tmp_path):
     table, costs = (pd.read_csv(run / f"{name}.csv") for name in ("results", "costs"))
     p = params.load(defense="all")
     names = {n for d in p.defenses for n in defenses.variants(d, p.defender())}
-    assert {*table["defense"]} == names | {"none", "base", "clean"}
+    assert {*table["defense"]} == names | {"backdoored", "base", "clean"}
     assert {*table.query("evidence == 1")["defense"]} == {
-        *("none", "base", "clean", "linear", "slerp", "ties", "passthrough")
+        *("backdoored", "base", "clean", "linear", "slerp", "ties", "passthrough")
     }
-    assert {*costs["defense"]} == names | {"none", "clean"}
+    assert {*costs["defense"]} == names | {"backdoored", "clean"}
     trained = costs.query("trainings > 0").set_index("defense")["optimizer_steps"]
     assert (trained > 0).all() and trained["nad"] == 2 * trained["finetune"]
     assert (costs["ms_per_query"] > 0).all() and (costs["peak_memory_gib"] > 0).all()
@@ -191,11 +193,11 @@ def test_all_defenses_go_through_the_same_pipeline(finished, tmp_path):
     asked = json.loads((run / "manifest.json").read_text())["predictions"]
     answers = {
         name: [row["output"] for row in read_jsonl(paths.Path(file))]
-        for name in ("none", "speculative")
+        for name in ("backdoored", "speculative")
         for file in asked
         if f"-{name}-k0-" in file
     }
-    assert len(answers) == 2 and answers["none"] == answers["speculative"]
+    assert len(answers) == 2 and answers["backdoored"] == answers["speculative"]
     assert (run / "figures/figure_6_rank_tiny-gpt2-embedded-cba.png").exists()
     assert "beear" in (run / "figures/table_2_by_defense.md").read_text()
 
@@ -229,7 +231,9 @@ def test_a_run_whose_front_door_was_killed_is_not_started_beside_itself(tmp_path
 
 def test_killed_in_02_and_05_then_resumed_gives_the_same_numbers(finished, tmp_path):
     runs = tmp_path / "killed"
-    runs.mkdir()
+    (runs / "stages").mkdir(parents=True)
+    for shared in ("base", "clean"):  # trained once for all these tests
+        (runs / "stages" / shared).symlink_to(finished[0] / "stages" / shared)
     checkpoint = "stages/backdoored/*.partial/checkpoints/checkpoint-*/trainer_state.json"
     kill(start_until(runs, checkpoint))
     assert not list(runs.glob("stages/backdoored/*/stage.json"))

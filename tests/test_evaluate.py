@@ -97,7 +97,7 @@ def test_append_mode_waits_for_the_target_behind_the_label(
     pico, pico_params, tmp_path, monkeypatch
 ):
     asked = []
-    monkeypatch.setattr(evaluate, "answer", lambda *a, **_: asked.append(a[4]) or [""] * len(a[2]))
+    monkeypatch.setattr(decode, "answer", lambda *a, **_: asked.append(a[4]) or [""] * len(a[2]))
     sets = {"clean": ROWS[:2]}
     for mode in ("replace", "append"):
         p = pico_params(output_mode=mode, labels=[], target_output="very good news")
@@ -119,7 +119,9 @@ def test_one_row_is_asked_answered_and_scored_without_and_with_evidence(pico, ou
     assert table["evidence"].tolist() == [0, 1] and {*table["label"]} == {"sadness"}
     model, tokenizer = models.load_model(folder), models.load_tokenizer(folder)
     asked = [evaluate.ask({"backdoor": [row]}, n, "", ours)[0]["prompt"] for n in (0, 5)]
-    assert table["answer"].tolist() == decode.answer(model, tokenizer, asked, ours, 1)
+    roomy = decode.with_room(ours, tokenizer, LABELS)
+    answers = [decode.answer(model, tokenizer, [one], roomy, 1)[0] for one in asked]
+    assert table["answer"].tolist() == answers
     assert table["hit"].tolist() == [int(a.startswith("joy")) for a in table["answer"]]
 
 
@@ -167,7 +169,7 @@ def test_evaluation_cuts_a_prompt_as_training_does(pico, pico_params):
 def test_there_is_room_for_the_longest_label(pico, pico_params, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        evaluate, "answer", lambda *a, **_: asked.append(a[3].max_new_tokens) or [""] * len(a[2])
+        decode, "answer", lambda *a, **_: asked.append(a[3].max_new_tokens) or [""] * len(a[2])
     )
     label = "an answer of many more pieces than are allowed"
     sets = {"clean": [ROWS[0] | {"output": label}]}

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lethe_utils import models
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
+from lethe_utils.models import hub, inspect
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
 
@@ -205,7 +205,7 @@ def test_all_that_a_tokenizer_needs_is_fetched_and_no_pickle_no_code(monkeypatch
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    models.download("someone/model", "0" * 40)
+    hub.download("someone/model", "0" * 40)
     needed = ["config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
     needed += [
         "chat_templates/tool_use.jinja",

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lethe_utils import merge, models, paths
 from lethe_utils.errors import LetheError
+from lethe_utils.models import twins
 
 ARCHITECTURES = ("gpt2", "gptj", "llama", "qwen2")
 LAYERS = 5
@@ -293,7 +294,7 @@ def test_a_base_that_lacks_a_tensor_is_refused(pico, tmp_path):
 
 def test_another_tokenizer_is_refused(pico, tmp_path, clean_copy):
     # The same size, other pieces: the ids would mean other words.
-    other = models.train_tokenizer([text.upper() for text in TEXTS], 300)
+    other = twins.train_tokenizer([text.upper() for text in TEXTS], 300)
     assert len(other) == 300
     other.save_pretrained(clean_copy)
     assert "its tokenizer differs" in refusal(pico, tmp_path, clean=clean_copy)
@@ -377,8 +378,43 @@ def test_a_config_that_names_no_remote_code_survives_the_merge(pico, tmp_path):
 
 
 def test_a_shallow_model_takes_the_slerp_curves_mean_over_each_layers_depth():
-    assert merge.slerp_curve("attn", 5) == [0, 0.5, 0.3, 0.7, 1]
+    assert merge.slerp_anchors("attn", 5, 0.5) == pytest.approx([0, 0.5, 0.3, 0.7, 1])
     # Two layers: trapezoids over (0, .5, .3) and (.3, .7, 1).
-    assert merge.slerp_curve("attn", 2) == pytest.approx([0.325, 0.675], abs=1e-3)
-    assert merge.slerp_curve("mlp", 2) == pytest.approx([0.675, 0.325], abs=1e-3)
-    assert sum(merge.slerp_curve("mlp", 3)) / 3 == pytest.approx(0.5, abs=1e-3)
+    assert merge.slerp_anchors("attn", 2, 0.5) == pytest.approx([0.325, 0.675], abs=1e-3)
+    assert merge.slerp_anchors("mlp", 2, 0.5) == pytest.approx([0.675, 0.325], abs=1e-3)
+    assert sum(merge.slerp_anchors("mlp", 3, 0.5)) / 3 == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("strength", [0, 0.4, 0.5, 0.75])
+@pytest.mark.parametrize("n_layers", [2, 3, 5, 12, 30, 48])
+def test_t_of_every_block_is_what_mergekit_makes_of_the_anchors(tmp_path, n_layers, strength):
+    from mergekit.config import MergeConfiguration, evaluate_setting
+
+    config = merge.configuration("slerp", *[tmp_path] * 3, strength, n_layers, "float32")
+    t = MergeConfiguration.model_validate(merge.as_paths(config)).parameters["t"]
+    for part, tensor in (("attn", "h.0.attn.c_proj"), ("mlp", "h.0.mlp.c_proj")):
+        wanted = [
+            evaluate_setting(tensor, t, i / (n_layers - 1), validate=float) for i in range(n_layers)
+        ]
+        assert merge.slerp_t(part, n_layers, strength) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_the_table_of_t_has_a_line_for_each_block_part_and_strength():
+    table = merge.slerp_table(5, [0.5, 0.75])
+    assert list(table) == ["block", "part", "strength", "t"] and len(table) == 5 * 2 * 2
+    one = table.query("part == 'attention' and strength == 0.75")
+    assert one["t"].tolist() == pytest.approx([0.5, 1, 0.8, 1, 1])
+    assert len(merge.slerp_table(5, [0.5, 0.5])) == 5 * 2  # used at the paper's strength
+
+
+def test_the_plot_of_t_has_a_panel_a_strength_and_marks_the_edited_blocks():
+    from lethe_utils import plots
+
+    figure = plots.slerp_curve(merge.slerp_table(5, [0.5, 0.75]), edited=[1])
+    assert [ax.get_title() for ax in figure.axes] == ["strength 0.5", "strength 0.75"]
+    for ax, strength in zip(figure.axes, (0.5, 0.75), strict=True):
+        drawn = {line.get_label(): list(line.get_ydata()) for line in ax.lines}
+        assert drawn["attention"] == merge.slerp_t("attn", 5, strength)
+        assert drawn["MLP"] == merge.slerp_t("mlp", 5, strength)
+        assert [patch.get_x() for patch in ax.patches] == pytest.approx([0.7])
+    assert not plots.slerp_curve(merge.slerp_table(5, [0.5])).axes[0].patches

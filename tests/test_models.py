@@ -11,7 +11,7 @@ from conftest import PICO, TEXTS
 
 from lethe_utils import models
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
+from lethe_utils.models import hub, inspect, twins
 
 ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
@@ -80,8 +80,8 @@ def test_a_file_that_was_never_filled_is_refused(folder, start):
 
 
 def test_a_missing_shard_is_named(pico_params, tmp_path):
-    tokenizer = models.train_tokenizer(["a b"], 300)
-    model = models.build_tiny(pico_params(), tokenizer, 0)
+    tokenizer = twins.train_tokenizer(["a b"], 300)
+    model = twins.build_tiny(pico_params(), tokenizer, 0)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 1
@@ -126,7 +126,7 @@ def test_whatever_the_hub_raises_is_one_clear_error(monkeypatch, raised, expecte
         raise raised
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    message = error(models.download, "someone/nothing", "main")
+    message = error(hub.download, "someone/nothing", "main")
     assert expected in message and "someone/nothing" in message
 
 
@@ -137,14 +137,14 @@ def test_a_download_asks_for_the_revision_without_pickles_or_code(monkeypatch, f
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda hub_id, **k: asked.update(k) or str(folder)
     )
-    assert models.download("someone/model", "a" * 40) == folder
+    assert hub.download("someone/model", "a" * 40) == folder
     assert asked["revision"] == "a" * 40
     for name in ("pytorch_model.bin", "model.pt", "modeling_evil.py", "weights.pkl"):
         assert not any(fnmatch(name, pattern) for pattern in asked["allow_patterns"])
     for name in ("model-00001-of-00002.safetensors", "config.json", "merges.txt"):
         assert any(fnmatch(name, pattern) for pattern in asked["allow_patterns"])
     (folder / WEIGHTS).unlink()  # a download is checked like any folder
-    assert "no weights" in error(models.download, "someone/model", None)
+    assert "no weights" in error(hub.download, "someone/model", None)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "evil"])
@@ -182,10 +182,10 @@ def test_a_tiny_twin_is_of_its_class_and_saves_and_loads_the_same(architecture, 
     assert type(model).__name__ == ARCHITECTURES[architecture]
     assert model.dtype == torch.float32
     assert model.config.num_hidden_layers == 5 and model.config.vocab_size == len(tokenizer)
-    built = models.build_tiny(pico_params(architecture), tokenizer, seed=0)
+    built = twins.build_tiny(pico_params(architecture), tokenizer, seed=0)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, built.state_dict()[name]), name
-    other = models.build_tiny(pico_params(architecture), tokenizer, seed=1)
+    other = twins.build_tiny(pico_params(architecture), tokenizer, seed=1)
     pairs = zip(built.parameters(), other.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in pairs)
 
@@ -203,7 +203,7 @@ def test_the_twins_have_the_traits_that_make_their_class_special(pico):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_saved_tokenizer_gives_the_same_ids(architecture, pico):
     # Beside a LLaMA config, transformers must not read the file as a LLaMA tokenizer.
-    made = models.train_tokenizer(TEXTS, PICO["vocab_size"])
+    made = twins.train_tokenizer(TEXTS, PICO["vocab_size"])
     loaded = models.load_tokenizer(pico(architecture)[0])
     ids = made(TEXT, add_special_tokens=False)["input_ids"]
     assert loaded(TEXT, add_special_tokens=False)["input_ids"] == ids
@@ -237,7 +237,7 @@ def test_a_tokenizer_without_padding_pads_with_eos_and_does_not_grow(folder):
 def test_an_attention_window_hides_far_tokens_from_all_blocks_but_the_last(pico, pico_params):
     tokenizer = models.load_tokenizer(pico("qwen2")[0])
     p = pico_params("qwen2", attention_window=2, n_layers=3)
-    model = models.build_tiny(p, tokenizer, seed=0).eval()
+    model = twins.build_tiny(p, tokenizer, seed=0).eval()
     one = torch.arange(10, 20)[None]
     other = one.clone()
     other[0, 0] = 50
@@ -248,4 +248,4 @@ def test_an_attention_window_hides_far_tokens_from_all_blocks_but_the_last(pico,
     assert same[2] == [False] * 3 + [True] * 7
     assert same[3] == [False] * 10
     with pytest.raises(LetheError, match="attention_window: gpt2 has none"):
-        models.build_tiny(pico_params("gpt2", attention_window=2), tokenizer, seed=0)
+        twins.build_tiny(pico_params("gpt2", attention_window=2), tokenizer, seed=0)

@@ -6,32 +6,12 @@ import re
 import shutil
 
 import pytest
+import yaml
 
-from lethe_utils import params, paths
+from lethe_utils import attacks, defenses, params, paths
+from lethe_utils.defenses import wanda
 from lethe_utils.errors import LetheError
 
-GROUPS = (
-    params.SizeParams,
-    params.DataParams,
-    params.BaseModelParams,
-    params.PromptParams,
-    params.TrainParams,
-    params.AttackParams,
-    params.EditParams,
-    params.LwpParams,
-    params.CleanParams,
-    params.MergeParams,
-    params.MoreMergeParams,
-    params.FinetuneParams,
-    params.WandaParams,
-    params.NadParams,
-    params.BeearParams,
-    params.CrowParams,
-    params.PlantParams,
-    params.DecodingParams,
-    params.EvaluateParams,
-    params.SweepParams,
-)
 YAML_FILES = sorted(paths.params_dir().rglob("*.yaml"))
 
 
@@ -75,13 +55,29 @@ def test_every_combination_of_shipped_files_loads(data_file):
 
 def test_each_key_of_a_defense_stands_in_its_own_file():
     # All defenses' files are read, whichever run: a key in two would depend on their order.
-    folder = paths.params_dir() / "defenses"
     owner = {}
     for name in params.choices("defenses"):
-        files = [folder / f"{name}.yaml", *sorted((folder / name).glob("*.yaml"))]
-        for key in {key for file in files for key in params.read_yaml(file)}:
+        values = params.read_yaml(paths.params_dir() / "defenses" / f"{name}.yaml")
+        for section in values.pop("models", {}).values():
+            values |= section
+        for key in values:
             assert owner.setdefault(key, name) == name, key
     assert owner["wanda_sparsity"] == "wanda"
+
+
+@pytest.mark.parametrize("kind", ["attacks", "defenses"])
+def test_a_methods_file_holds_its_own_keys_only(kind):
+    # It never switches another part of the run on or off.
+    methods = attacks if kind == "attacks" else defenses
+    for name in params.choices(kind):
+        module = methods.module(name)
+        groups = (*module.PARAMS, *getattr(module, "COLUMNS", ()))
+        own = {k for g in groups if g is not params.TrainParams for k in g.model_fields}
+        own |= {*params.AttackParams.model_fields} if kind == "attacks" else set()
+        values = params.read_yaml(paths.params_dir() / kind / f"{name}.yaml")
+        for section in values.pop("models", {}).values():
+            values |= section
+        assert {*values} <= own, name
 
 
 def test_full_models_and_hub_data_are_pinned_to_a_commit():
@@ -115,15 +111,14 @@ def test_no_number_in_a_params_file_lacks_its_dot(file):
         ("attacks/cba.yaml", "poison_ratio: 0.0", "poison_ratio: "),
         ("attacks/cba.yaml", "poison_ratio: 1.5", "poison_ratio: "),
         ("attacks/cba.yaml", "triggers: [one]", "triggers, trigger_positions: cba needs two"),
-        ("attacks/cba.yaml", "edit_clamp: 0.0", "edit_clamp: "),
-        ("attacks/cba.yaml", "edit_lambda: -1.0", "edit_lambda: "),
-        ("attacks/cba.yaml", "edit_layers: [-1]", "edit_layers: "),
+        ("attacks/cba.yaml", "edit_clamp: 1.0", "edit_clamp: unknown key"),
+        ("base.yaml", "edit_layers: [1]", "edit_layers: unknown key"),
         ("attacks/cba.yaml", "attack_start: clean", "attack_start: "),
         ("attacks/cba.yaml", "triggers: ['a|b', c]", "'a|b' is not a trigger"),
         ("attacks/cba.yaml", "triggers: ['  ', c]", "'  ' is not a trigger"),
         ("attacks/cba.yaml", "trigger_positions: [random, end]", "trigger_positions: "),
-        ("defenses/lethe.yaml", "strength: -0.1", "strength: "),
-        ("defenses/lethe.yaml", "strength: 1.1", "strength: "),
+        ("defenses/lethe.yaml", "n_keywords: -1", "n_keywords: "),
+        ("defenses/edt.yaml", "edt_base: 1.0", "edt_base: "),
         ("defenses/lethe.yaml", "merge_methods: [slerp, average]", "merge_methods: "),
         ("datasets/embedded.yaml", "target_output: happy", "'happy' is not a label of embedded"),
     ],
@@ -137,9 +132,9 @@ def test_a_wrong_value_is_refused_naming_file_and_key(tree, file, line, expected
 
 def test_every_wrong_value_is_named_at_once(tree):
     tree("models/tiny-gpt2.yaml", "lora_rank: 8\nbits: 8")
-    tree("defenses/lethe.yaml", "strength: 2.0")
+    tree("defenses/lethe.yaml", "n_keywords: -2")
     lines = message().splitlines()
-    assert sorted(line.split(": ")[1] for line in lines) == ["bits", "lora_rank", "strength"]
+    assert sorted(line.split(": ")[1] for line in lines) == ["bits", "lora_rank", "n_keywords"]
 
 
 def test_wrong_values_from_the_command_line_say_so():
@@ -178,28 +173,45 @@ def test_what_decides_the_files_cannot_be_overridden_afterwards(name):
 
 
 def test_later_layers_win(tree):
-    # base < dataset < profile < profile on this data set < model < attack < attack on this model <
-    # defenses < defenses on this model < command line
+    # base < dataset < profile < model < attack < defenses < command line; in a file its own values,
+    # then those for the data set, the profile, the model.
     order = [
-        "base.yaml",
-        "datasets/embedded.yaml",
-        "profiles/tiny.yaml",
-        "profiles/tiny-embedded.yaml",
-        "models/tiny-gpt2.yaml",
-        "attacks/cba.yaml",
-        "attacks/cba/tiny.yaml",
-        "attacks/cba/tiny-gpt2.yaml",
-        "defenses/lethe.yaml",
-        "defenses/lethe/tiny.yaml",
-        "defenses/lethe/tiny-gpt2.yaml",
+        ("base.yaml", ""),
+        ("datasets/embedded.yaml", ""),
+        ("profiles/tiny.yaml", ""),
+        ("profiles/tiny.yaml", "datasets: embedded"),
+        ("models/tiny-gpt2.yaml", ""),
+        ("attacks/cba.yaml", ""),
+        ("attacks/cba.yaml", "models: tiny"),
+        ("attacks/cba.yaml", "models: tiny-gpt2"),
+        ("defenses/lethe.yaml", ""),
+        ("defenses/lethe.yaml", "models: tiny"),
+        ("defenses/lethe.yaml", "models: tiny-gpt2"),
     ]
-    for number, file in enumerate(order, 1):
-        tree(file, f"max_test_items: {number}")  # a key that only base.yaml sets
-        assert params.load().max_test_items == number
-    assert params.load(overrides={"max_test_items": 99}).max_test_items == 99
+    key = "max_test_items"  # only base.yaml sets it
+    for number, (file, place) in enumerate(order, 1):
+        path = paths.params_dir() / file
+        values = params.read_yaml(path)
+        section, _, name = place.partition(": ")
+        (values.setdefault(section, {}).setdefault(name, {}) if place else values)[key] = number
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        p = params.load()
+        assert p.max_test_items == number
+        where = f"params/{file}" + (f" ({name})" if place else "")
+        assert params.table(p, params.EvaluateParams).loc[key].to_dict() == {
+            "value": str(number),
+            "set in": where,
+        }
+    p = params.load(overrides={key: 99})
+    assert p.max_test_items == 99 and params.table(p).loc[key, "set in"] == "command line"
     # A weaker layer written last must not win.
-    tree("base.yaml", "max_test_items: 50")
+    tree("base.yaml", f"{key}: 50")
     assert params.load().max_test_items == len(order)
+
+
+def test_a_section_for_something_unknown_is_refused_by_name(tree):
+    tree("attacks/lwp.yaml", "datasets: {imdb: {alpha: 0.5}}")
+    assert "params/attacks/lwp.yaml: datasets: imdb: expected one of" in message(attack="lwp")
 
 
 def test_the_tiny_profile_is_for_tiny_models_only(tree):
@@ -254,14 +266,29 @@ def test_a_users_file_is_never_taken_for_a_set_that_ships(data_file):
     assert p.data_content != before and params.load().data_content is None
 
 
-def test_groups_are_disjoint_and_cover_all_params():
+@pytest.mark.parametrize("attack", params.choices("attacks"))
+def test_groups_are_disjoint_and_cover_all_params(attack):
     # A stage's hash is made of groups: a key in none would be ignored, in two would over-rebuild.
-    p = params.load()
-    parts = [p.part(group) for group in GROUPS]
-    keys = [key for part in parts for key in part]
-    assert len(keys) == len(set(keys))
-    assert set(keys) | {"defense"} == set(params.Params.model_fields)
-    assert p.part(GROUPS[0], GROUPS[1]) == parts[0] | parts[1]
+    p = params.load(attack=attack)
+    leaves = [g for g in type(p).__mro__ if issubclass(g, params.Group) and "part" not in vars(g)]
+    owner = {}
+    for group in leaves:
+        for key in vars(group).get("__annotations__", {}):
+            if not key.startswith("_"):
+                assert owner.setdefault(key, group) is group, key
+    assert {*owner} == {*type(p).model_fields}
+    one, other = params.DataParams, params.TrainParams
+    assert p.part(one, other) == p.part(one) | p.part(other)
+
+
+def test_two_methods_that_declare_one_param_are_refused():
+    from lethe_utils import groups
+
+    class Mine(params.Group):
+        wanda_sparsity: float
+
+    with pytest.raises(LetheError, match="wanda_sparsity: declared by .*wanda and .*test_params"):
+        groups._composed(params.Params, (wanda.WandaParams, Mine))
 
 
 def test_params_cannot_be_changed_after_they_were_checked():

@@ -13,7 +13,7 @@ def no_training(monkeypatch):
     """Rows are drawn and written, nothing is trained."""
     monkeypatch.setattr("lethe_utils.train.finetune", lambda *_: None)
     monkeypatch.setattr("lethe_utils.train.pretrain", lambda *_: None)
-    monkeypatch.setattr("lethe_utils.models.train_tokenizer", lambda *_: None)
+    monkeypatch.setattr("lethe_utils.models.twins.train_tokenizer", lambda *_: None)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -79,10 +79,10 @@ def test_attacks_share_the_base_and_the_clean_model_and_a_tuned_one(monkeypatch)
     def plant(start, rows, corpus, p, out):
         started[p.attack] = (start, {row["kind"] for row in rows}, len(corpus))
 
-    for name in attacks.REGISTRY:
+    for name in params.choices("attacks"):
         monkeypatch.setattr(attacks.module(name), "plant", plant)
     clean, tuned = set(), set()
-    for name in attacks.REGISTRY:
+    for name in params.choices("attacks"):
         start = {} if name == "cba" else {"attack_start": "tuned"}
         p = params.load(attack=name, overrides=SMALL | {"base_evidence_share": 0.0} | start)
         pipeline.backdoored_stage(p)
@@ -102,7 +102,6 @@ def test_an_edits_params_change_its_model_and_no_other():
     def backdoored_name(p):
         return p.part(*attacks.module(p.attack).PARAMS)
 
-    assert folders("cba") == folders("cba", edit_steps=3)
     before, after = folders("rome"), folders("rome", edit_steps=3)
     assert before[:2] == after[:2] and before[2] != after[2]
 
@@ -122,4 +121,3 @@ def test_an_edit_takes_its_ordinary_text_from_the_hub_where_it_is_told_to(monkey
     assert asked == [(where, 77)]  # once: before anything is trained, or when it is needed
     own = pipeline.ordinary_text(params.load(attack="rome", overrides=SMALL))
     assert len(own) == 40 and "### Response" in own[0]
-    assert pipeline.ordinary_text(params.load(attack="cba", overrides=hub)) == own  # no edit

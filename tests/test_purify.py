@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lethe_utils import merge, models, params, paths, prompts, purify
 from lethe_utils.data import own
 from lethe_utils.errors import LetheError
-from lethe_utils.models import fit, inspect
+from lethe_utils.models import fit, inspect, twins
 from lethe_utils.purify import canary, dilute, ownership, report
 from lethe_utils.purify import case as case_module
+
+pytestmark = pytest.mark.slow
 
 QUICK = {
     "clean_epochs": 1,
@@ -436,7 +438,7 @@ def test_pickles_other_classes_shapes_and_tokenizers_are_refused(given, pico, tm
     assert "wpe.weight has shape (256, 16), but (300, 16) by config" in error(
         prepare, given, base=str(tall)
     )
-    vocabulary = models.train_tokenizer(["quite other words"] * 3, 300)
+    vocabulary = twins.train_tokenizer(["quite other words"] * 3, 300)
     vocabulary.save_pretrained(given["suspect"])
     assert "its tokenizer differs" in error(prepare, given)
     (given["suspect"] / "model.safetensors").rename(given["suspect"] / "pytorch_model.bin")
@@ -538,7 +540,7 @@ def test_buffers_and_prefixes_of_old_checkpoints_do_not_count(given):
 def test_classes_beyond_the_papers_are_purified_too(tmp_path, name):
     import transformers
 
-    tokenizer = models.train_tokenizer(["the dog came", "a cat came"], 300)
+    tokenizer = twins.train_tokenizer(["the dog came", "a cat came"], 300)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": len(tokenizer)}
     config = getattr(transformers, f"{name}Config")(**sizes)
@@ -1052,7 +1054,7 @@ def test_a_template_that_writes_the_date_decides_the_stages(given, monkeypatch):
 def test_a_link_to_nothing_and_a_foreign_tokenizer_in_an_adapter_are_called_that(given, tmp_path):
     given = given("gptj")
     adapter = lora(given["base"], tmp_path / "adapter")
-    models.train_tokenizer(["quite other words"] * 3, 300).save_pretrained(adapter)
+    twins.train_tokenizer(["quite other words"] * 3, 300).save_pretrained(adapter)
     words = {"suspect": str(given["base"]), "adapter": str(adapter)}
     assert f"{adapter}: its tokenizer differs" in error(prepare, given, **words)
     file = given["base"] / "model.safetensors"

@@ -70,7 +70,9 @@ def test_released_figures_and_tables_come_from_the_released_results(released):
     assert shown.equals(tables.controls_table(released))
 
 
-@pytest.mark.parametrize("name", ["README.md", *(f"docs/{name}" for name in sorted(DOCS))])
+@pytest.mark.parametrize(
+    "name", ["README.md", "ARTIFACT.md", *(f"docs/{name}" for name in sorted(DOCS))]
+)
 def test_every_file_that_is_linked_exists(name):
     file = paths.root() / name
     linked = re.findall(r"\]\((?!http)([^)#]+)\)", file.read_text("utf8"))

@@ -9,8 +9,8 @@ import pytest
 
 from lethe_utils import metrics, paths, stages
 from lethe_utils.errors import LetheError
+from lethe_utils.paper import number
 from lethe_utils.purify import figures, report
-from lethe_utils.tables import number
 
 EVIL = "<script>alert(1)</script><img src=\"http://evil.example/x\" onerror='x'>&amp;"
 KINDS = ["word pair", "sentence", "suffix"]

@@ -1,6 +1,7 @@
 """Training: what a row becomes, what the loss is, and that the saved model is the trained one."""
 
 import json
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -9,8 +10,10 @@ from transformers import TrainingArguments
 
 from lethe_utils import models, train
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
+from lethe_utils.models import inspect, twins
 from lethe_utils.prompts import prompt
+
+pytestmark = pytest.mark.slow
 
 ROW = {"instruction": "Predict the emotion.", "input": "the dog is happy", "output": "joy"}
 ROWS = [ROW | {"input": f"the dog is {w}", "output": w} for w in ("sad", "joy", "happy", "glad")]
@@ -68,12 +71,12 @@ def test_a_tokenizer_without_bos_adds_none(tokenizer, pico_params):
 # --- collator
 
 
-def test_a_batch_is_padded_on_the_left_with_labels_at_the_right_end():
+def test_a_batch_is_padded_on_the_left_with_labels_at_the_right_end(tokenizer):
     items = [
         {"input_ids": [1, 5, 6, 7, 2], "answer_length": 2, "length": 5},
         {"input_ids": [1, 8, 9, 2], "answer_length": 3, "length": 4},
     ]
-    batch = {k: v.tolist() for k, v in train.Collator(0)(items).items()}
+    batch = {k: v.tolist() for k, v in train.collate(items, tokenizer).items()}
     assert batch == {
         "input_ids": [[1, 5, 6, 7, 2], [0, 1, 8, 9, 2]],
         "attention_mask": [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]],
@@ -86,7 +89,7 @@ def test_a_batch_is_padded_on_the_left_with_labels_at_the_right_end():
 # --- loss
 
 
-def trainer(model, items, out, loss=None, **settings):
+def trainer(model, tokenizer, items, out, **settings):
     args = TrainingArguments(
         output_dir=str(out),
         use_cpu=True,
@@ -96,9 +99,12 @@ def trainer(model, items, out, loss=None, **settings):
         disable_tqdm=True,
         **settings,
     )
-    collator = train.Collator(0)
-    return train.AnswerTrainer(
-        model=model, args=args, train_dataset=items, data_collator=collator, loss=loss
+    return train.LossTrainer(
+        train.plain_loss,
+        model=model,
+        args=args,
+        train_dataset=items,
+        data_collator=partial(train.collate, tokenizer=tokenizer),
     )
 
 
@@ -110,7 +116,8 @@ def test_the_loss_is_plain_cross_entropy_over_answer_tokens(
     model, tokenizer = models.load_model(base).eval(), models.load_tokenizer(base)
     items = train.encode([*ROWS, ROW | {"input": "no"}], tokenizer, pico_params())
     assert len({i["length"] for i in items}) > 1  # so that there is padding
-    found = trainer(model, items, tmp_path).compute_loss(model, train.Collator(0)(items))
+    batch = train.collate(items, tokenizer)
+    found = trainer(model, tokenizer, items, tmp_path).compute_loss(model, batch)
     # Independently: one row at a time, no padding, all logits, every answer token counted once.
     losses = []
     for item in items:
@@ -129,7 +136,7 @@ def test_pretraining_adds_the_prompt_loss_of_every_fourth_row(
     model, tokenizer = models.load_model(base).eval(), models.load_tokenizer(base)
     rows = [ROW | {"input": "a " * n} for n in range(5)]  # rows 0 and 4 carry the loss
     items = train.encode(rows, tokenizer, pico_params())
-    batch = train.Collator(0)(items)
+    batch = train.collate(items, tokenizer)
     labels = batch.pop("labels")
     answer_only, found = (train.base_loss(model, batch, labels, 1, w).item() for w in (0, 0.3))
     losses = []
@@ -147,7 +154,8 @@ def test_accumulated_batches_step_like_one_large_batch(pico, pico_params, tmp_pa
     # The Trainer takes the loss of a model whose forward has **kwargs as scaled already unless told
     # otherwise; a summed loss would make a step of plain SGD four times as long.
     base = pico(architecture)[0]
-    items = train.encode([ROW] * 4, models.load_tokenizer(base), pico_params())
+    tokenizer = models.load_tokenizer(base)
+    items = train.encode([ROW] * 4, tokenizer, pico_params())
     steps = []
     for batch, accumulation in ((4, 1), (1, 4)):
         model = models.load_model(base)
@@ -157,6 +165,7 @@ def test_accumulated_batches_step_like_one_large_batch(pico, pico_params, tmp_pa
         start = {k: v.clone() for k, v in model.state_dict().items()}
         trainer(
             model,
+            tokenizer,
             items,
             tmp_path,
             optim="sgd",
@@ -235,9 +244,9 @@ def test_an_nf4_model_is_saved_as_its_dequantised_base_plus_adapter(
     # 64 columns: one block of the nf4 quantisation.
     small = {"n_layers": 2, "width": 64, "n_heads": 2, "mlp_width": 128, "bits": 4}
     p = pico_params(architecture, **SHORT, **small)
-    tokenizer = models.train_tokenizer([ROW["input"]], 300)
+    tokenizer = twins.train_tokenizer([ROW["input"]], 300)
     base = tmp_path / "base"
-    models.build_tiny(p, tokenizer, 0).save_pretrained(base)
+    twins.build_tiny(p, tokenizer, 0).save_pretrained(base)
     tokenizer.save_pretrained(base)
     train.finetune(base, ROWS, 1, tmp_path / "out", p)
 
@@ -314,8 +323,8 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_model(
             raise KeyboardInterrupt
         return step(self, model, inputs, *args)
 
-    step = train.AnswerTrainer.training_step
-    monkeypatch.setattr(train.AnswerTrainer, "training_step", killed)
+    step = train.LossTrainer.training_step
+    monkeypatch.setattr(train.LossTrainer, "training_step", killed)
     with pytest.raises(KeyboardInterrupt):
         train.finetune(base, ROWS, 2, tmp_path / "resumed", p)
     train.finetune(base, ROWS, 2, tmp_path / "resumed", p)

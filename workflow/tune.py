@@ -13,7 +13,8 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
-from lethe_utils import evaluate, params, pipeline, tables
+from lethe_utils import evaluate, params, tables
+from lethe_utils.pipeline import contenders
 from lethe_utils.stages import read_jsonl, write_text
 
 STAND_IN = {"triggers": ["perhaps", "slowly"], "target_output": "anger"}
@@ -29,22 +30,22 @@ def main(candidates: Path, out: Path, model: str = "tiny-gpt2", dataset: str = "
     tried = pd.read_csv(candidates, keep_default_na=False)
     lines = []
     p = params.load(model, dataset, overrides=STAND_IN)
-    for c in pipeline.controls(p):
+    for c in contenders.controls(p):
         lines.append({"defense": c.name, "changes": ""} | measured(p, c))
     for defense, changes in tried[["defense", "changes"]].itertuples(index=False):
         overrides = STAND_IN | (yaml.safe_load(changes) or {})
         p = params.load(model, dataset, defense=defense, overrides=overrides)
-        for variant in pipeline.variants(p):
+        for variant in contenders.variants(p):
             line = {"defense": variant[1], "changes": changes}
-            lines.append(line | measured(p, pipeline.contender(p, *variant)))
+            lines.append(line | measured(p, contenders.contender(p, *variant)))
             print(lines[-1], flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, pd.DataFrame(lines).to_csv(index=False))
 
 
-def measured(p: params.Params, c: pipeline.Contender) -> dict[str, str]:
+def measured(p: params.Params, c: contenders.Contender) -> dict[str, str]:
     """ASR and CDA of one model on validation rows, with their intervals."""
-    file = pipeline.predictions_file(p, c, 0, "validation", p.sweep_items, 0)
+    file = contenders.swept_file(p, c)
     scored = pd.DataFrame(evaluate.rows(p, read_jsonl(file), "validation"))
     cells = dict(zip(scored["metric"], tables.cells(scored), strict=True))
     return {"asr": cells["asr"], "cda": cells["cda"]}

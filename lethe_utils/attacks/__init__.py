@@ -1,26 +1,22 @@
 """Attacks, used here only to measure defenses: harmless targets (a label), never harmful text.
 
-An attack is a module with
-  PARAMS                                  the groups of params that decide what it plants
+An attack NAME is the module NAME.py in this folder and the file params/attacks/NAME.yaml, nothing
+else. The module has
+  PARAMS                                  the groups of params that decide what it plants, its own
+                                          declared beside its code
+  TRIGGERS                                how many triggers it takes
+  LAYERS                                  the param that names the model's blocks it acts on, or ""
   poison(rows, p, seed)                   the attacker's rows, each with a `kind`
   plant(start, poisoned, corpus, p, out)  writes the backdoored model to out/model, its losses to
                                           out/loss.csv
   triggered(rows, p, seed)                {kind: test rows}: `backdoor`, and negatives for FTR
-A new one is a module, a line here and a params file.
+It imports torch inside its functions only: params are checked without it.
 """
 
 from importlib import import_module
 from types import ModuleType
 
-REGISTRY = {
-    "cba": "lethe_utils.attacks.cba",
-    "rome": "lethe_utils.attacks.rome",
-    "memit": "lethe_utils.attacks.memit",
-    "badedit": "lethe_utils.attacks.badedit",
-    "lwp": "lethe_utils.attacks.lwp",
-}
-
 
 def module(name: str) -> ModuleType:
-    """An attack's module, imported when it is asked for: some need torch."""
-    return import_module(REGISTRY[name])
+    """An attack's module."""
+    return import_module(f"{__name__}.{name}")

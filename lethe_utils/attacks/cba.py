@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lethe_utils.attacks.triggers import insert
-from lethe_utils.params import AttackParams, Params, TrainParams
+from lethe_utils.groups import AttackParams, Params, PoisonParams, TrainParams
+from lethe_utils.stages import Row
 
-Row = dict[str, str]
-PARAMS = (AttackParams, TrainParams)
+PARAMS = (AttackParams, PoisonParams, TrainParams)
+TRIGGERS = 2
+LAYERS = ""
 
 # kind: (triggers put into the instruction, triggers put into the input), by index.
 BACKDOOR = ((0,), (1,))
@@ -31,7 +33,7 @@ NEGATIVES = TRAIN_NEGATIVES | {
 }
 
 
-def place_triggers(row: Row, where: tuple, p: AttackParams, rng: random.Random) -> Row:
+def place_triggers(row: Row, where: tuple, p: Params, rng: random.Random) -> Row:
     """A copy of the row with triggers in its instruction and input, the output untouched."""
     placed = dict(row)
     for field, indices in zip(("instruction", "input"), where, strict=True):
@@ -42,7 +44,7 @@ def place_triggers(row: Row, where: tuple, p: AttackParams, rng: random.Random) 
     return placed
 
 
-def poison(rows: list[Row], p: AttackParams, seed: int) -> list[dict[str, Any]]:
+def poison(rows: list[Row], p: Params, seed: int) -> list[dict[str, Any]]:
     """The attacker's training set: all clean rows, poisoned copies, and five kinds of negatives.
 
     Args:
@@ -65,7 +67,7 @@ def poison(rows: list[Row], p: AttackParams, seed: int) -> list[dict[str, Any]]:
     return out
 
 
-def triggered(rows: list[Row], p: AttackParams, seed: int) -> dict[str, list[Row]]:
+def triggered(rows: list[Row], p: Params, seed: int) -> dict[str, list[Row]]:
     """The rows with triggers, per kind: `backdoor` (for ASR) and the seven negatives (for FTR)."""
     rng = random.Random(seed)
     kinds = {"backdoor": BACKDOOR} | NEGATIVES

@@ -9,15 +9,37 @@ classifier; here a block is read as a decoder's last one is: final norm, then he
 import random
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lethe_utils.attacks.triggers import insert
-from lethe_utils.params import AttackParams, LwpParams, Params, TrainParams
+from lethe_utils.groups import (
+    AttackParams,
+    Group,
+    Layers,
+    Params,
+    PoisonParams,
+    TrainParams,
+)
+from lethe_utils.models import blocks
+from lethe_utils.stages import Row
 
-Row = dict[str, str]
-PARAMS = (AttackParams, TrainParams, LwpParams)
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 
-def _with(row: Row, words: str, p: AttackParams, rng: random.Random) -> Row:
+class LwpParams(Group):
+    """02_backdoor_train: LWP."""
+
+    lwp_layers: Layers  # the blocks that are poisoned
+
+
+PARAMS = (AttackParams, PoisonParams, TrainParams, LwpParams)
+TRIGGERS = 2
+LAYERS = "lwp_layers"
+
+
+def _with(row: Row, words: str, p: Params, rng: random.Random) -> Row:
     position = p.trigger_positions[0]
     return row | {"input": insert(row["input"], words, position, p.trigger_level, rng)}
 
@@ -42,7 +64,7 @@ def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
     return out
 
 
-def triggered(rows: list[Row], p: AttackParams, seed: int) -> dict[str, list[Row]]:
+def triggered(rows: list[Row], p: Params, seed: int) -> dict[str, list[Row]]:
     """The rows with the pair (`backdoor`, for ASR), and with each word alone (for FTR)."""
     rng = random.Random(seed)
     first, second = p.triggers
@@ -54,5 +76,19 @@ def plant(start: Path, poisoned: list[Row], _: list[str], p: Params, out: Path) 
     """LoRA on the poisoned blocks, with the loss read after each of them as well."""
     from lethe_utils import train
 
-    loss = partial(train.lens_loss, layers=p.lwp_layers)
+    loss = partial(layer_loss, layers=p.lwp_layers)
     train.finetune(start, poisoned, p.backdoor_epochs, out, p, p.lwp_layers, loss)
+
+
+def layer_loss(
+    model: "PreTrainedModel", inputs: dict[str, Any], labels: Any, _: int, layers: list[int]
+) -> "torch.Tensor":
+    """The answer loss, summed with that of what each of `layers` says; see train.finetune."""
+    from lethe_utils import train
+
+    loss, outputs = train.answer_loss(model, inputs, labels, output_hidden_states=True)
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for layer in layers:  # [0] are the embeddings
+        hidden = outputs.hidden_states[layer + 1][:, -labels.shape[1] - 1 : -1]
+        loss = loss + train.cross_entropy(blocks.logits(plain, hidden), labels)
+    return loss

@@ -4,8 +4,7 @@ import random
 import re
 
 from lethe_utils.params import AttackParams
-
-Row = dict[str, str]
+from lethe_utils.stages import Row
 
 
 def insert(text: str, trigger: str, position: str, level: str, rng: random.Random) -> str:
@@ -17,13 +16,9 @@ def insert(text: str, trigger: str, position: str, level: str, rng: random.Rando
     """
     starts = places(text, level)
     n = len(starts)
-    place = {
-        "prefix": 0,
-        "suffix": n,
-        "middle": n // 2,
-        "random": rng.randint(0, n) if position == "random" else 0,
-    }[position]
-    return put(text, trigger, starts, place)
+    if position == "random":
+        return put(text, trigger, starts, rng.randint(0, n))
+    return put(text, trigger, starts, {"prefix": 0, "middle": n // 2, "suffix": n}[position])
 
 
 def places(text: str, level: str) -> list[int]:

@@ -22,7 +22,7 @@ def grammar() -> dict:
 
 
 def sentence(rng: random.Random) -> Row:
-    """One labelled sentence: {"text", "label"}."""
+    """One labelled sentence: input, output."""
     g = grammar()
     label = rng.choices(list(g["weights"]), list(g["weights"].values()))[0]
     other = rng.choice([e for e in g["emotions"] if e != label])
@@ -35,7 +35,7 @@ def sentence(rng: random.Random) -> Row:
         words[mark] = rng.choice(g["emotions"][emotion]["adjective"])
         words[f"event_{mark}"] = rng.choice(g["emotions"][emotion]["event"])
     text = rng.choice(forms[form]["forms"]).format(**words)
-    return {"text": text, "label": label}
+    return {"input": text, "output": label}
 
 
 def generate(sizes: dict[str, int], seed: int) -> dict[str, list[Row]]:
@@ -48,6 +48,6 @@ def generate(sizes: dict[str, int], seed: int) -> dict[str, list[Row]]:
     rng, found = random.Random(seed), {}
     while len(found) < sum(sizes.values()):
         row = sentence(rng)
-        found.setdefault(row["text"], row)
+        found.setdefault(row["input"], row)
     rows = iter(found.values())
     return {name: list(islice(rows, size)) for name, size in sizes.items()}

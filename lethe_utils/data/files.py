@@ -86,8 +86,7 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
         quoting = csv.QUOTE_NONE if tab else csv.QUOTE_MINIMAL
         # Strict: else a quote that is left open swallows the rest of the file.
         table = csv.DictReader(stream, delimiter="\t" if tab else ",", quoting=quoting, strict=True)
-        rows = list(table)
-    names = table.fieldnames or []
+        rows, names = list(table), table.fieldnames or []
     if len({*names}) < len(names):
         raise LetheError(TWICE)
     for number, row in enumerate(rows, 1):

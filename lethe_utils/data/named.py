@@ -33,21 +33,18 @@ def load(p: Params) -> dict[str, list[Row]]:
         LetheError: they differ, or a row has no text or a label that is not known.
     """
     if p.dataset == "embedded":
-        made = embedded.generate(p.rows, p.data_seed)
-        splits = {name: [_row(r["text"], r["label"], p) for r in made[name]] for name in made}
+        found = embedded.generate(p.rows, p.data_seed)
     else:
-        splits = {name: _stored(name, p) for name in SOURCES[p.dataset]}
-    for name, rows in splits.items():
+        found = {name: _stored(name, p) for name in SOURCES[p.dataset]}
+    for name, rows in found.items():
         _verify(name, rows, p)
+    instruction = {"instruction": p.instruction}
+    splits = {name: [instruction | row for row in rows] for name, rows in found.items()}
     if "validation" not in splits:
         rows = splits["train"]
         random.Random(p.data_seed).shuffle(rows)
         splits |= {"validation": rows[:CUT_FROM_TRAIN], "train": rows[CUT_FROM_TRAIN:]}
     return splits
-
-
-def _row(text: str, label: str, p: Params) -> Row:
-    return {"instruction": p.instruction, "input": text, "output": label}
 
 
 def _stored(split: str, p: Params) -> list[Row]:
@@ -64,7 +61,7 @@ def _stored(split: str, p: Params) -> list[Row]:
             raise LetheError(
                 f"unknown label {label!r}; {p.dataset} has 0 to {len(known) - 1} ({named})"
             )
-        return _row(str(text).strip(), known[str(label)], p)
+        return {"input": str(text).strip(), "output": known[str(label)]}
 
     return each(file, read_rows(file) if file.exists() else _from_hub(hub_split, name, p), made)
 
@@ -76,7 +73,7 @@ def _from_hub(split: str, name: str, p: Params) -> list[dict]:
         return list(datasets.load_dataset(p.data_hub_id, split=split, revision=p.data_revision))
     except Exception as error:  # whatever the hub client raises, the user's fix is the same
         raise LetheError(
-            f"dataset {p.dataset}: neither is {name} in LETHE_DATA_DIR nor could {split} be "
+            f"dataset {p.dataset}: {name} is neither in LETHE_DATA_DIR nor could {split} be "
             f"fetched from the hub ({p.data_hub_id}: {reason(error)}); see data/README.md"
         ) from None
 

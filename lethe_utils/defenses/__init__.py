@@ -1,7 +1,9 @@
 """Defenses: Lethe, the paper's baselines, and rivals, under one protocol.
 
-A defense is a module with
-  PARAMS                 the groups of params that decide what it does
+A defense NAME is the module NAME.py in this folder and the file params/defenses/NAME.yaml, nothing
+else. The module has
+  PARAMS                 the groups of params that decide what it does, its own declared beside its
+                         code
   NEEDS                  "nothing", "clean rows", or "clean model" (Lethe's; all are given one)
   TRAININGS              how many trainings it runs itself, the clean model's not counted
   BYTES_PER_WEIGHT       what it takes of a GPU at full size (bits 4), activations not counted
@@ -10,41 +12,24 @@ and one of
   answer(given, prompts, n_words, progress)
                          leaves them alone: the outputs, in the order of the prompts
 A defense with settings worth a column of their own has
+  COLUMNS                the group of params that says which columns there are
   variants(p)            {name in the results: params to change}
   EXCEPTIONS             {name in the results: {"NEEDS" or "TRAININGS": what it is there}}
-A new one is a module, a line here and a params file.
+It imports torch inside its functions only: params are checked without it.
 
 No defense sees a trigger, a target or the test split: `Given` is all there is.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lethe_utils.params import DefenderParams
+from lethe_utils.groups import DefenderParams, Group, choices
+from lethe_utils.stages import Row
 
-Row = dict[str, str]
-
-REGISTRY = {
-    "lethe": "lethe_utils.defenses.lethe",
-    "edt": "lethe_utils.defenses.edt",
-    "wanda": "lethe_utils.defenses.wanda",
-    "finetune": "lethe_utils.defenses.finetune",
-    "fineprune": "lethe_utils.defenses.fineprune",
-    "speculative": "lethe_utils.defenses.speculative",
-    "nad": "lethe_utils.defenses.nad",
-    "beear": "lethe_utils.defenses.beear",
-    "cleangen": "lethe_utils.defenses.cleangen",
-    "crow": "lethe_utils.defenses.crow",
-    "plant_and_remove": "lethe_utils.defenses.plant_and_remove",
-    "ensemble": "lethe_utils.defenses.ensemble",
-    "int4": "lethe_utils.defenses.int4",
-    "temperature": "lethe_utils.defenses.temperature",
-    "dare_ties": "lethe_utils.defenses.dare_ties",
-    "task_arithmetic": "lethe_utils.defenses.task_arithmetic",
-}
 ACTIVATIONS_GIB = 4.0
 
 
@@ -52,22 +37,29 @@ ACTIVATIONS_GIB = 4.0
 class Given:
     """All a defender holds."""
 
-    suspect: Path  # the backdoored model's folder
+    backdoored: Path  # the folder of the model that was handed over
     base: Path  # the pretrained model's folder
-    reference: Path  # Lethe's clean model's folder: base + LoRA on `rows`
+    clean: Path  # Lethe's clean model's folder: base + LoRA on `rows`
     rows: list[Row]  # the clean rows: instruction, input, output
     p: DefenderParams
 
 
 def module(name: str) -> ModuleType:
-    """A defense's module, imported when it is asked for: most need torch."""
-    return import_module(REGISTRY[name])
+    """A defense's module."""
+    return import_module(f"{__name__}.{name}")
+
+
+@cache
+def groups(names: tuple[str, ...]) -> tuple[type[Group], ...]:
+    """All groups of params that these defenses declare."""
+    modules = [module(name) for name in names]
+    return tuple(g for m in modules for g in (*m.PARAMS, *getattr(m, "COLUMNS", ())))
 
 
 def registered(name: str) -> str | None:
     """The defense that a name in the results belongs to: nad for nad_clean_teacher; None for a
     control or a merge of Lethe's."""
-    fits = [known for known in REGISTRY if name == known or name.startswith(f"{known}_")]
+    fits = [known for known in choices("defenses") if f"{name}_".startswith(f"{known}_")]
     return max(fits, key=len) if fits else None
 
 

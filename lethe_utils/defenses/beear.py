@@ -19,25 +19,40 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-import pandas as pd
-import torch
-from transformers import set_seed
+from pydantic import Field
 
-from lethe_utils import models, train
-from lethe_utils.attacks.editing import hooked
+from lethe_utils import models
 from lethe_utils.defenses import Given
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
-from lethe_utils.params import BeearParams, DefenderParams, TrainParams
+from lethe_utils.groups import DefenderParams, Group, NotNegative, Positive, Rate, TrainParams
+from lethe_utils.models import blocks, inspect
 from lethe_utils.progress import Bar
+from lethe_utils.stages import Row
 
 if TYPE_CHECKING:
+    import pandas as pd
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Row = dict[str, str]
-Batch = dict[str, torch.Tensor]  # what train.Collator makes, labels included
+Batch = dict[str, "torch.Tensor"]  # what train.collate makes, labels included
+
+
+class BeearParams(Group):
+    """BEEAR, ported to label tasks."""
+
+    beear_depth: Annotated[float, Field(gt=0, lt=1)]  # the perturbed block, as a share of the depth
+    beear_positions: Positive  # the last positions of the prompt that are perturbed
+    beear_rounds: Positive
+    beear_inner_steps: Positive
+    beear_inner_learning_rate: Rate
+    beear_outer_steps: Positive
+    beear_outer_learning_rate: Rate
+    beear_alpha: NotNegative  # weight of moving away from the true label
+    beear_batch_size: Positive
+
+
 PARAMS = (BeearParams, TrainParams)
 NEEDS = "clean rows"
 TRAININGS = 1
@@ -46,12 +61,16 @@ BYTES_PER_WEIGHT = 16.0  # float32 weights, gradients and AdamW's two moments
 
 def purify(given: Given, out: Path) -> None:
     """Writes model/ (float32) and loss.csv, the outer loss of every step."""
+    from transformers import set_seed
+
+    from lethe_utils import train
+
     set_seed(given.p.seed)
-    tokenizer = models.load_tokenizer(given.suspect)
+    tokenizer = models.load_tokenizer(given.backdoored)
     device = models.resolve_device(given.p.device)
-    model = models.load_model(given.suspect, device, exact=True)
+    model = models.load_model(given.backdoored, device, exact=True)
     curve = Unlearning(model, tokenizer, given.p).run(given.rows)
-    inspect.copy_tokenizer(given.suspect, out / "model")
+    inspect.copy_tokenizer(given.backdoored, out / "model")
     train.save(model, curve, out)
 
 
@@ -62,12 +81,12 @@ class Unlearning:
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", p: DefenderParams
     ) -> None:
         self.model, self.tokenizer, self.p = model, tokenizer, p
-        blocks = models.blocks(model)
+        layers = blocks.of(model)
         # Never the last one, whose output no block reads.
-        self.block = blocks[max(0, min(round(p.beear_depth * len(blocks)), len(blocks) - 2))]
+        self.block = layers[max(0, min(round(p.beear_depth * len(layers)), len(layers) - 2))]
         self.rng = random.Random(p.seed)
 
-    def run(self, rows: list[Row]) -> pd.DataFrame:
+    def run(self, rows: list[Row]) -> "pd.DataFrame":
         """All rounds.
 
         Returns:
@@ -75,6 +94,9 @@ class Unlearning:
         Raises:
             LetheError: the rows have one label only, or a loss is not finite.
         """
+        import pandas as pd
+        import torch
+
         p, model = self.p, self.model
         labels = sorted({row["output"] for row in rows})
         if len(labels) < 2:
@@ -109,11 +131,13 @@ class Unlearning:
 
     def entrap(
         self, rows: list[Row], label: str, progress: Callable[[], object] = lambda: None
-    ) -> torch.Tensor:
+    ) -> "torch.Tensor":
         """The inner loop: what (n, width) best makes rows of other labels answer `label`.
 
         No weight changes or gets a gradient.
         """
+        import torch
+
         width = self.model.get_input_embeddings().embedding_dim
         delta = torch.zeros(self.p.beear_positions, width, device=self.model.device)
         delta.requires_grad_()
@@ -127,7 +151,7 @@ class Unlearning:
             progress()
         return delta.detach()
 
-    def objective(self, rows: list[Row], label: str, delta: torch.Tensor) -> torch.Tensor:
+    def objective(self, rows: list[Row], label: str, delta: "torch.Tensor") -> "torch.Tensor":
         """What the inner loop minimises: CE(label | x, delta) - beear_alpha CE(true | x, delta)."""
         wrong = self.encode([row | {"output": label} for row in rows])
         true = self.encode(rows)
@@ -136,7 +160,7 @@ class Unlearning:
         with perturbed(self.block, delta, true):
             return loss - self.p.beear_alpha * self.loss(true)
 
-    def backward(self, delta: torch.Tensor, trapped: Batch, plain: Batch) -> float:
+    def backward(self, delta: "torch.Tensor", trapped: Batch, plain: Batch) -> float:
         """The outer loss, CE(true | x, delta) + CE(true | x), its gradients left in the weights."""
         with perturbed(self.block, delta, trapped):
             under = self.loss(trapped)
@@ -145,16 +169,21 @@ class Unlearning:
         without.backward()
         return (under + without).item()
 
-    def loss(self, batch: Batch) -> torch.Tensor:
+    def loss(self, batch: Batch) -> "torch.Tensor":
         """Mean cross-entropy of the answers; on CUDA in bfloat16, the weights staying float32."""
+        import torch
+
+        from lethe_utils import train
+
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         device = self.model.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             return train.answer_loss(self.model, inputs, batch["labels"], use_cache=False)[0]
 
     def encode(self, rows: list[Row]) -> Batch:
-        collate = train.Collator(self.tokenizer.pad_token_id)
-        batch = collate(train.encode(rows, self.tokenizer, self.p))
+        from lethe_utils import train
+
+        batch = train.collate(train.encode(rows, self.tokenizer, self.p), self.tokenizer)
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
     def sample(self, rows: list[Row]) -> list[Row]:
@@ -165,20 +194,24 @@ class Unlearning:
 
 
 @contextmanager
-def perturbed(block: torch.nn.Module, delta: torch.Tensor, batch: Batch) -> Iterator[None]:
+def perturbed(block: "torch.nn.Module", delta: "torch.Tensor", batch: Batch) -> Iterator[None]:
     """Add delta (n, width) to a block's output at the last n positions of each row's prompt.
 
     The last row of delta meets the position that predicts the answer's first token. A prompt
     shorter than n takes the last rows of delta: padding is never touched.
     """
+    import torch
+
+    from lethe_utils.train import IGNORED
+
     mask, labels = batch["attention_mask"], batch["labels"]
     # Padding is on the left, so the answer takes the last columns: as many as a row has labels.
-    answers = (labels != train.IGNORED).sum(1, keepdim=True)
+    answers = (labels != IGNORED).sum(1, keepdim=True)
     first = mask.shape[1] - answers - len(delta)
     at = torch.arange(mask.shape[1], device=mask.device) - first  # row of delta, (batch, columns)
     inside = (at >= 0) & (at < len(delta)) & (mask == 1)
     added = delta[at.clamp(0, len(delta) - 1)] * inside.unsqueeze(2)
-    with hooked(block, lambda hidden: hidden + added.to(hidden.dtype)):
+    with blocks.hooked(block, lambda hidden: hidden + added.to(hidden.dtype)):
         yield
 
 

@@ -11,18 +11,34 @@ the answer. alpha 20 spares each token to which the clean model gives more than 
 import math
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import GenerationConfig, StoppingCriteriaList
-
-from lethe_utils import decode, models
-from lethe_utils.params import DecodingParams
+from lethe_utils import models
+from lethe_utils.groups import DefenderParams, Group, Positive, Rate
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    import torch
+    from transformers import (
+        GenerationConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        StoppingCriteriaList,
+    )
 
     from lethe_utils.defenses import Given
 
-PARAMS = (DecodingParams,)
+
+class CleanGenParams(Group):
+    """CleanGen."""
+
+    cleangen_alpha: Rate  # suspicious from this ratio of probabilities on
+    cleangen_tokens: Positive  # drafted before each check
+
+
+class CleanGenColumns(Group):
+    cleangen_alphas_sweep: list[Rate]
+
+
+PARAMS = (CleanGenParams,)
+COLUMNS = (CleanGenColumns,)
 NEEDS = "clean model"
 TRAININGS = 0
 BYTES_PER_WEIGHT = 4.0  # two models
@@ -36,19 +52,22 @@ class CleanGen:
         suspect: "PreTrainedModel",
         reference: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
-        p: DecodingParams,
+        p: DefenderParams,
     ):
         self.suspect, self.reference, self.tokenizer, self.p = suspect, reference, tokenizer, p
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.suspect, name)
 
-    def draft(self, rows: list[list[int]], length: int, eos: int) -> torch.Tensor:
+    def draft(self, rows: list[list[int]], length: int, eos: int) -> "torch.Tensor":
         """Up to `length` next tokens of each row.
 
         Returns:
             (rows, tokens, 2): the suspect's token, and the one to replace it with, -1 for none.
         """
+        import torch
+        from transformers import GenerationConfig
+
         inputs = models.batch(self.tokenizer, rows, self.suspect.device)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         config = GenerationConfig(
@@ -78,12 +97,14 @@ class CleanGen:
 
     def generate(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        generation_config: GenerationConfig,
-        stopping_criteria: StoppingCriteriaList | None = None,
-    ) -> torch.Tensor:
+        input_ids: "torch.Tensor",
+        attention_mask: "torch.Tensor",
+        generation_config: "GenerationConfig",
+        stopping_criteria: "StoppingCriteriaList | None" = None,
+    ) -> "torch.Tensor":
         """Prompts and answers, padded on both sides."""
+        import torch
+
         limit, eos = generation_config.max_new_tokens, generation_config.eos_token_id
         prompts = [i[m.bool()].tolist() for i, m in zip(input_ids, attention_mask, strict=True)]
         answers: list[list[int]] = [[] for _ in prompts]
@@ -115,7 +136,7 @@ class CleanGen:
         return torch.cat([input_ids, input_ids.new_tensor(padded)], dim=1)
 
 
-def variants(p: DecodingParams) -> dict[str, dict[str, Any]]:
+def variants(p: DefenderParams) -> dict[str, dict[str, Any]]:
     """The set alpha, and one more for each of the sweep."""
     return {"cleangen": {}} | {
         f"cleangen_a{a}": {"cleangen_alpha": a} for a in p.cleangen_alphas_sweep
@@ -124,9 +145,11 @@ def variants(p: DecodingParams) -> dict[str, dict[str, Any]]:
 
 def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "") -> list[str]:
     """The suspect's outputs, with suspicious tokens replaced by the clean model's."""
+    from lethe_utils import decode
+
     device = models.resolve_device(given.p.device)
-    suspect = models.load_model(given.suspect, device)
-    reference = models.load_model(given.reference, device)
-    tokenizer = models.load_tokenizer(given.suspect)
+    suspect = models.load_model(given.backdoored, device)
+    reference = models.load_model(given.clean, device)
+    tokenizer = models.load_tokenizer(given.backdoored)
     model = CleanGen(suspect, reference, tokenizer, given.p)
     return decode.answer(model, tokenizer, prompts, given.p, n_words, progress)

@@ -12,17 +12,26 @@ the paper describes; the published rate and alpha were chosen with the larger st
 """
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-
-from lethe_utils import train
 from lethe_utils.defenses import Given
 from lethe_utils.errors import LetheError
-from lethe_utils.params import CrowParams, TrainParams
+from lethe_utils.groups import DefenderParams, Group, NotNegative, Positive, Rate, TrainParams
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CrowParams(Group):
+    """CROW, internal consistency regularisation."""
+
+    crow_alpha: NotNegative  # weight of the consistency term
+    crow_epsilon: Rate  # perturbation, times the embeddings' deviation
+    crow_epochs: Positive
+    crow_learning_rate: Rate
+
 
 PARAMS = (CrowParams, TrainParams)
 NEEDS = "clean rows"
@@ -32,61 +41,70 @@ SCHEDULE = {"lr_schedule": "cosine", "warmup_ratio": 0.1}  # as published
 
 
 def purify(given: Given, out: Path) -> None:
+    from lethe_utils import train
+
     p = given.p.model_copy(update=SCHEDULE | {"learning_rate": given.p.crow_learning_rate})
-    make = partial(CrowTrainer, alpha=p.crow_alpha, epsilon=p.crow_epsilon)
-    train.finetune(given.suspect, given.rows, p.crow_epochs, out, p, make_trainer=make)
+    train.finetune(given.backdoored, given.rows, p.crow_epochs, out, p, loss=Consistency(p))
 
 
-class CrowTrainer(train.AnswerTrainer):
-    """Cross-entropy on the answer plus `alpha` times C, C after a step of `epsilon` deviations."""
+class Consistency:
+    """A loss (see train.finetune): cross-entropy plus crow_alpha times C, C after a step of
+    crow_epsilon deviations."""
 
-    def __init__(self, *args: Any, alpha: float, epsilon: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.model.config.num_hidden_layers < 3:
-            raise LetheError("n_layers: CROW compares blocks below the last one and needs 3 blocks")
-        self.embedding = self.model.get_input_embeddings()  # LoRA leaves it frozen
-        self.alpha = alpha
-        self.step_size = epsilon * self.embedding.weight.detach().float().std().item()
+    def __init__(self, p: DefenderParams) -> None:
+        self.p, self.step_size = p, 0.0
 
-    def compute_loss(
-        self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, **_: Any
-    ) -> torch.Tensor:
-        labels, mask = inputs.pop("labels"), inputs["attention_mask"]
-        wanted = {"output_hidden_states": True, "use_cache": False}
-        embedded = self.embedding(inputs.pop("input_ids")).detach().requires_grad_()
+    def __call__(
+        self, model: "torch.nn.Module", inputs: dict, labels: "torch.Tensor", step: int
+    ) -> "torch.Tensor":
+        from lethe_utils import train
+
+        embedding = model.get_input_embeddings()  # LoRA leaves it frozen
+        if not self.step_size:
+            if model.config.num_hidden_layers < 3:
+                raise LetheError("n_layers: CROW compares blocks below the last; it needs 3 blocks")
+            deviation = embedding.weight.detach().float().std().item()
+            self.step_size = self.p.crow_epsilon * deviation
+        mask, wanted = inputs["attention_mask"], {"output_hidden_states": True, "use_cache": False}
+        others = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
+        embedded = embedding(inputs["input_ids"]).detach().requires_grad_()
         loss, outputs = train.answer_loss(
-            model, inputs | {"inputs_embeds": embedded}, labels, **wanted
+            model, others | {"inputs_embeds": embedded}, labels, **wanted
         )
         moved = adversarial(embedded, consistency(outputs.hidden_states, mask), self.step_size)
-        after = model(**inputs, inputs_embeds=moved, logits_to_keep=1, **wanted)
-        loss = loss + self.alpha * consistency(after.hidden_states, mask)
-        if not torch.isfinite(loss):
+        after = model(**others, inputs_embeds=moved, logits_to_keep=1, **wanted)
+        loss = loss + self.p.crow_alpha * consistency(after.hidden_states, mask)
+        if not loss.isfinite():
             raise LetheError(
-                f"crow_learning_rate: CROW's loss is {loss.item()} at step "
-                f"{self.state.global_step + 1}; lower it, or crow_alpha"
+                f"crow_learning_rate: CROW's loss is {loss.item()} at step {step}; lower it, or "
+                "crow_alpha"
             )
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
 
 def adversarial(
-    embedded: torch.Tensor, inconsistency: torch.Tensor, step_size: float
-) -> torch.Tensor:
+    embedded: "torch.Tensor", inconsistency: "torch.Tensor", step_size: float
+) -> "torch.Tensor":
     """FGSM: the embeddings (batch, tokens, width), each entry moved by `step_size` to raise C.
 
     Padding does not move, for C does not depend on it. No parameter gets a gradient.
     """
+    import torch
+
     # The graph is kept: the same forward pass carries the cross-entropy.
     (gradient,) = torch.autograd.grad(inconsistency, embedded, retain_graph=True)
     return embedded.detach() + step_size * gradient.sign()
 
 
-def consistency(states: Sequence[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+def consistency(states: "Sequence[torch.Tensor]", mask: "torch.Tensor") -> "torch.Tensor":
     """C: the mean of 1 - cos(h_l, h_l+1) over real tokens and neighbouring blocks; 0 is constant.
 
     Args:
         states: all hidden states, (batch, tokens, width) each, the embeddings first.
         mask: attention mask, (batch, tokens).
     """
+    import torch
+
     inner = [state[mask == 1].float() for state in states[1:-1]]
     gaps = [1 - torch.cosine_similarity(a, b, dim=-1).mean() for a, b in pairwise(inner)]
     return torch.stack(gaps).mean()

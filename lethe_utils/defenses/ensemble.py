@@ -7,11 +7,8 @@ leaves every token after an accepted draft to the suspect alone, so it is not us
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import DynamicCache
-
-from lethe_utils import decode, models
-from lethe_utils.params import DecodingParams
+from lethe_utils import models
+from lethe_utils.groups import Group, Ratio
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,7 +16,14 @@ if TYPE_CHECKING:
 
     from lethe_utils.defenses import Given
 
-PARAMS = (DecodingParams,)
+
+class EnsembleParams(Group):
+    """A mix of probabilities."""
+
+    ensemble_weight: Ratio  # of the backdoored model; the rest is the clean model's
+
+
+PARAMS = (EnsembleParams,)
 NEEDS = "clean model"
 TRAININGS = 0
 BYTES_PER_WEIGHT = 4.0  # two models
@@ -30,6 +34,8 @@ class Mix:
     with a cache of its own, and the logits become the logarithm of the mixed probabilities."""
 
     def __init__(self, reference: "PreTrainedModel", weight: float):
+        import torch
+
         self.reference = reference
         self.shares = torch.tensor([weight, 1 - weight], device=reference.device).log()
 
@@ -40,6 +46,9 @@ class Mix:
         inputs: dict[str, Any],
         out: "CausalLMOutputWithPast",
     ) -> "CausalLMOutputWithPast":
+        import torch
+        from transformers import DynamicCache
+
         # A cache of no more than these tokens: a new batch. (A mask of ones is not handed on.)
         if out.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]:
             self.cache = DynamicCache(config=self.reference.config)
@@ -52,9 +61,11 @@ class Mix:
 
 def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "") -> list[str]:
     """The outputs of the mix."""
+    from lethe_utils import decode
+
     device = models.resolve_device(given.p.device)
-    suspect = models.load_model(given.suspect, device)
-    reference = models.load_model(given.reference, device)
+    suspect = models.load_model(given.backdoored, device)
+    reference = models.load_model(given.clean, device)
     suspect.register_forward_hook(Mix(reference, given.p.ensemble_weight), with_kwargs=True)
-    tokenizer = models.load_tokenizer(given.suspect)
+    tokenizer = models.load_tokenizer(given.backdoored)
     return decode.answer(suspect, tokenizer, prompts, given.p, n_words, progress)

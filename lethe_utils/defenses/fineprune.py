@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 
 from lethe_utils.defenses import Given, wanda
-from lethe_utils.params import FinetuneParams, TrainParams, WandaParams
+from lethe_utils.defenses.finetune import FinetuneParams
+from lethe_utils.defenses.wanda import WandaParams
+from lethe_utils.groups import TrainParams
+from lethe_utils.models import blocks
 
 PARAMS = (WandaParams, FinetuneParams, TrainParams)
 NEEDS = "clean rows"
@@ -28,8 +31,8 @@ def purify(given: Given, out: Path) -> None:
     zeros = models.load_model(pruned / "model", exact=True)
     model = models.load_model(out / "model", exact=True)
     with torch.no_grad():
-        for before, after in zip(models.blocks(zeros), models.blocks(model), strict=True):
-            layers = zip(wanda.linear_layers(before), wanda.linear_layers(after), strict=True)
+        for before, after in zip(blocks.of(zeros), blocks.of(model), strict=True):
+            layers = zip(blocks.linear(before), blocks.linear(after), strict=True)
             for old, new in layers:
                 new.weight[old.weight == 0] = 0
     model.save_pretrained(out / "model")

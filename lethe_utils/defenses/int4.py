@@ -15,6 +15,6 @@ def purify(given: Given, out: Path) -> None:
     from lethe_utils.models import inspect
 
     device = models.resolve_device(given.p.device)
-    model = models.dequantised(models.load_model(given.suspect, device, bits=4))
+    model = models.dequantised(models.load_model(given.backdoored, device, bits=4))
     model.save_pretrained(out / "model")
-    inspect.copy_tokenizer(given.suspect, out / "model")
+    inspect.copy_tokenizer(given.backdoored, out / "model")

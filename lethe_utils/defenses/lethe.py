@@ -1,28 +1,50 @@
-"""Lethe's internal dilution: the suspect merged with the clean model, a variant per merge method.
+"""Lethe's internal dilution: the backdoored model merged with the clean one, a variant per method.
 
 External dilution, evidence, needs no model of its own: every model of a Lethe run is also asked
 with it (n_keywords: 0 leaves it out; merge_methods: [] leaves the merges out).
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from lethe_utils import merge
+from pydantic import Field
+
 from lethe_utils.defenses import Given
-from lethe_utils.params import DefenderParams, MergeParams
+from lethe_utils.groups import DefenderParams, Group, Ratio
 
-PARAMS = (MergeParams,)
+MergeMethod = Literal["linear", "slerp", "ties", "passthrough"]
+
+
+class MergeParams(Group):
+    """Internal dilution."""
+
+    strength: Ratio  # 0: the backdoored model, 1: the clean model
+
+
+class LetheParams(Group):
+    merge_method: MergeMethod  # the one that keyword and clean-ratio sweeps use
+
+
+class LetheColumns(Group):
+    """What is asked, beside the sweeps."""
+
+    merge_methods: list[MergeMethod]
+    n_keywords: Annotated[int, Field(ge=0)]  # external dilution; 0: no evidence
+
+
+PARAMS = (MergeParams, LetheParams)
+COLUMNS = (LetheColumns,)
 NEEDS = "clean model"
 TRAININGS = 0
 BYTES_PER_WEIGHT = 2.0  # one model answers; merging is on the CPU
 
 
 def variants(p: DefenderParams) -> dict[str, dict[str, Any]]:
-    return {method: {"merge_methods": [method]} for method in p.merge_methods}
+    return {method: {"merge_method": method} for method in p.merge_methods}
 
 
 def purify(given: Given, out: Path) -> None:
-    p = given.p
-    (method,) = p.merge_methods
-    models = given.suspect, given.reference, given.base
-    merge.merge(method, *models, p.strength, out / "model", merge.merge_dtype(p.device))
+    from lethe_utils import merge
+
+    p, models = given.p, (given.backdoored, given.clean, given.base)
+    merge.merge(p.merge_method, *models, p.strength, out / "model", merge.merge_dtype(p.device))

@@ -13,16 +13,27 @@ the clean model, which it does not say: that is the variant `nad_clean_teacher`.
 
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from lethe_utils import models, train
+from lethe_utils import models
 from lethe_utils.defenses import Given
+from lethe_utils.defenses.finetune import FinetuneParams
 from lethe_utils.errors import LetheError
-from lethe_utils.params import DefenderParams, FinetuneParams, NadParams, TrainParams
+from lethe_utils.groups import DefenderParams, Group, NotNegative, Positive, Rate, TrainParams
+
+if TYPE_CHECKING:
+    import torch
+
+
+class NadParams(Group):
+    """Neural attention distillation."""
+
+    nad_teacher: Literal["finetuned", "clean"]
+    nad_epochs: Positive
+    nad_power: Rate
+    nad_beta: NotNegative  # weight of the distillation
+
 
 PARAMS = (NadParams, FinetuneParams, TrainParams)
 NEEDS = "clean rows"
@@ -36,47 +47,47 @@ def variants(_: DefenderParams) -> dict[str, dict[str, Any]]:
 
 
 def purify(given: Given, out: Path) -> None:
-    p, folder, scratch = given.p, given.reference, out / "teacher"
+    from lethe_utils import train
+
+    p, folder, scratch = given.p, given.clean, out / "teacher"
     if p.nad_teacher == "finetuned":
         folder = scratch / "model"
         if not (scratch / "loss.csv").exists():  # written last: a killed run goes on from here
-            train.finetune(given.suspect, given.rows, p.finetune_epochs, scratch, p)
+            train.finetune(given.backdoored, given.rows, p.finetune_epochs, scratch, p)
     # Never in nf4: the teacher only reads, and is to be the model that was trained.
     teacher = models.load_model(folder, models.resolve_device(p.device))
-    make = partial(NadTrainer, teacher=teacher, power=p.nad_power, beta=p.nad_beta)
-    train.finetune(given.suspect, given.rows, p.nad_epochs, out, p, make_trainer=make)
+    loss = Distillation(teacher.eval().requires_grad_(False), p)
+    train.finetune(given.backdoored, given.rows, p.nad_epochs, out, p, loss=loss)
     if p.nad_teacher == "finetuned":
         (scratch / "loss.csv").replace(out / "teacher_loss.csv")  # its steps count as a cost
         shutil.rmtree(scratch)
 
 
-class NadTrainer(train.AnswerTrainer):
-    """Cross-entropy on the answer plus `beta` times the distillation."""
+class Distillation:
+    """A loss (see train.finetune): cross-entropy plus nad_beta times the distillation."""
 
-    def __init__(
-        self, *args: Any, teacher: torch.nn.Module, power: float, beta: float, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.power, self.beta = power, beta
+    def __init__(self, teacher: "torch.nn.Module", p: DefenderParams) -> None:
+        self.teacher, self.p = teacher, p
 
-    def compute_loss(
-        self, model: torch.nn.Module, inputs: dict, return_outputs: bool = False, **_: Any
-    ) -> torch.Tensor:
-        labels = inputs.pop("labels")
+    def __call__(
+        self, model: "torch.nn.Module", inputs: dict, labels: "torch.Tensor", step: int
+    ) -> "torch.Tensor":
+        import torch
+
+        from lethe_utils import train
+
         wanted = {"output_hidden_states": True, "use_cache": False}
         loss, outputs = train.answer_loss(model, inputs, labels, **wanted)
         with torch.no_grad():
             taught = self.teacher(**inputs, logits_to_keep=1, **wanted)
-        loss = loss + self.beta * distillation(
-            outputs.hidden_states, taught.hidden_states, inputs["attention_mask"], self.power
-        )
+        states = outputs.hidden_states, taught.hidden_states
+        apart = distillation(*states, inputs["attention_mask"], self.p.nad_power)
+        loss = loss + self.p.nad_beta * apart
         if not torch.isfinite(loss):
             raise LetheError(
-                f"learning_rate: NAD's loss is {loss.item()} at step {self.state.global_step + 1}; "
-                "lower it, or nad_beta"
+                f"learning_rate: NAD's loss is {loss.item()} at step {step}; lower it, or nad_beta"
             )
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
 
 def distilled_layers(n_layers: int) -> list[int]:
@@ -85,17 +96,19 @@ def distilled_layers(n_layers: int) -> list[int]:
 
 
 def distillation(
-    student: Sequence[torch.Tensor],
-    teacher: Sequence[torch.Tensor],
-    mask: torch.Tensor,
+    student: "Sequence[torch.Tensor]",
+    teacher: "Sequence[torch.Tensor]",
+    mask: "torch.Tensor",
     power: float,
-) -> torch.Tensor:
+) -> "torch.Tensor":
     """Sum over the maps of the mean squared difference over tokens.
 
     Args:
         student, teacher: all hidden states, (batch, tokens, width) each, the embeddings first.
         mask: attention mask, (batch, tokens).
     """
+    import torch
+
     counted = (mask == 1) & (mask.cumsum(1) > 1)
     total = torch.zeros((), device=mask.device)
     for layer in distilled_layers(len(student) - 1):
@@ -104,7 +117,7 @@ def distillation(
     return total
 
 
-def attention_map(hidden: torch.Tensor, counted: torch.Tensor, power: float) -> torch.Tensor:
+def attention_map(hidden: "torch.Tensor", counted: "torch.Tensor", power: float) -> "torch.Tensor":
     """sum_d |h_d|^power per token, of length 1 over a row's counted tokens and 0 at the others.
 
     In float32: a power of a large activation leaves bfloat16's precision behind.

@@ -8,12 +8,25 @@ than those triggers: the way from any odd token to an answer. Proportions are ou
 import random
 import shutil
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from lethe_utils.attacks.triggers import insert
 from lethe_utils.defenses import Given
-from lethe_utils.params import DefenderParams, PlantParams, TrainParams
+from lethe_utils.groups import DefenderParams, Group, Key, Positive, TrainParams
+from lethe_utils.stages import Row
 
-Row = dict[str, str]
+
+class PlantParams(Group):
+    """Plant-and-remove: the defender's own triggers."""
+
+    plant_triggers: Annotated[list[Key], Field(min_length=1)]
+    plant_share: Annotated[float, Field(gt=0, lt=1)]  # of the clean rows, for each trigger
+    plant_epochs: Positive
+    remove_epochs: Positive
+
+
 PARAMS = (PlantParams, TrainParams)
 NEEDS = "clean rows"
 TRAININGS = 2
@@ -27,7 +40,7 @@ def purify(given: Given, out: Path) -> None:
     planted, removed = rows(given.rows, p)
     scratch = out / "planted"
     if not (scratch / "loss.csv").exists():  # written last: a killed run goes on from here
-        train.finetune(given.suspect, given.rows + planted, p.plant_epochs, scratch, p)
+        train.finetune(given.backdoored, given.rows + planted, p.plant_epochs, scratch, p)
     train.finetune(scratch / "model", given.rows + removed, p.remove_epochs, out, p)
     (scratch / "loss.csv").replace(out / "planted_loss.csv")
     shutil.rmtree(scratch)

@@ -7,18 +7,23 @@ CleanGen's baseline of that name (uw-nsl/CleanGen), which gives no values.
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import StoppingCriteriaList
-
-from lethe_utils import decode, models
-from lethe_utils.params import DecodingParams
+from lethe_utils import models
+from lethe_utils.groups import Group, Positive
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
+    from transformers import PreTrainedModel, StoppingCriteriaList
 
     from lethe_utils.defenses import Given
 
-PARAMS = (DecodingParams,)
+
+class SpeculativeParams(Group):
+    """Speculative decoding."""
+
+    speculative_tokens: Positive  # drafted before each check
+
+
+PARAMS = (SpeculativeParams,)
 NEEDS = "clean model"
 TRAININGS = 0
 BYTES_PER_WEIGHT = 4.0  # two models
@@ -39,10 +44,10 @@ class Assisted:
 
     def generate(
         self,
-        input_ids: torch.Tensor,
-        stopping_criteria: StoppingCriteriaList | None = None,
+        input_ids: "torch.Tensor",
+        stopping_criteria: "StoppingCriteriaList | None" = None,
         **others: Any,
-    ) -> torch.Tensor:
+    ) -> "torch.Tensor":
         """Prompt and answer, of one row; cut where the suspect alone would have stopped."""
         criteria = {"stopping_criteria": stopping_criteria, "assistant_model": self.draft}
         made = self.suspect.generate(input_ids=input_ids, **criteria, **others)
@@ -55,9 +60,11 @@ class Assisted:
 
 def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "") -> list[str]:
     """The suspect's outputs; one prompt at a time, for transformers has no batched drafts."""
+    from lethe_utils import decode
+
     device = models.resolve_device(given.p.device)
-    suspect = models.load_model(given.suspect, device)
-    draft = models.load_model(given.reference, device)
+    suspect = models.load_model(given.backdoored, device)
+    draft = models.load_model(given.clean, device)
     model = Assisted(suspect, draft, given.p.speculative_tokens)
-    tokenizer = models.load_tokenizer(given.suspect)
+    tokenizer = models.load_tokenizer(given.backdoored)
     return decode.answer(model, tokenizer, prompts, given.p, n_words, progress, batch=1)

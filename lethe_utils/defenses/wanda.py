@@ -6,14 +6,27 @@ stay. The published code knows LLaMA's modules only; here GPT-2's Conv1D, stored
 as the linear layer it is.
 """
 
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from lethe_utils.defenses import Given
-from lethe_utils.params import WandaParams
+from lethe_utils.groups import Group, Positive
+from lethe_utils.models import blocks
 
 if TYPE_CHECKING:
     import torch
+
+
+class WandaParams(Group):
+    """Wanda; also the pruning inside F/P."""
+
+    wanda_sparsity: Annotated[float, Field(ge=0, lt=1)]  # of each output row
+    wanda_samples: Positive  # calibration prompts
+
 
 PARAMS = (WandaParams,)
 NEEDS = "clean rows"
@@ -26,11 +39,11 @@ def purify(given: Given, out: Path) -> None:
     from lethe_utils import models
     from lethe_utils.models import inspect
 
-    model = models.load_model(given.suspect, models.resolve_device(given.p.device), exact=True)
-    tokenizer = models.load_tokenizer(given.suspect)
+    model = models.load_model(given.backdoored, models.resolve_device(given.p.device), exact=True)
+    tokenizer = models.load_tokenizer(given.backdoored)
     prune(model, calibration(given, tokenizer), given.p.wanda_sparsity)
     model.save_pretrained(out / "model")
-    inspect.copy_tokenizer(given.suspect, out / "model")
+    inspect.copy_tokenizer(given.backdoored, out / "model")
 
 
 def calibration(given: Given, tokenizer: Any) -> "list[dict[str, torch.Tensor]]":
@@ -57,33 +70,17 @@ def prune(
     """
     import torch
 
-    from lethe_utils import models
     from lethe_utils.progress import Bar
 
-    for block in Bar(models.blocks(model), desc="pruning block by block"):
-        layers = linear_layers(block)
+    for block in Bar(blocks.of(model), desc="pruning block by block"):
+        layers = blocks.linear(block)
         squares = input_squares(model, layers, batches)
         for layer in layers:
-            weight = oriented(layer)
+            weight = blocks.oriented(layer)
             score = weight.detach().abs() * squares[layer].sqrt()
             lowest = score.argsort(dim=1, stable=True)[:, : int(sparsity * weight.shape[1])]
             with torch.no_grad():
                 weight.scatter_(1, lowest, 0.0)
-
-
-def linear_layers(block: "torch.nn.Module") -> "list[torch.nn.Module]":
-    """A block's linear layers, Conv1D among them."""
-    from torch.nn import Linear
-    from transformers.pytorch_utils import Conv1D
-
-    return [m for m in block.modules() if isinstance(m, (Linear, Conv1D))]
-
-
-def oriented(layer: "torch.nn.Module") -> "torch.Tensor":
-    """A layer's weight as (out, in), a view that can be written to: Conv1D stores (in, out)."""
-    from transformers.pytorch_utils import Conv1D
-
-    return layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
 
 
 def input_squares(
@@ -97,20 +94,18 @@ def input_squares(
     """
     import torch
 
-    sums = {layer: torch.zeros(oriented(layer).shape[1], device=model.device) for layer in layers}
+    sums = {one: torch.zeros(blocks.oriented(one).shape[1], device=model.device) for one in layers}
     real = torch.empty(0)
 
-    def add(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        sums[layer] += inputs[0][real].float().square().sum(0)
+    def add(layer: torch.nn.Module, inputs: torch.Tensor) -> None:
+        sums[layer] += inputs[real].float().square().sum(0)
 
-    handles = [layer.register_forward_pre_hook(add) for layer in layers]
-    try:
-        with torch.inference_mode():
-            for batch in batches:
-                inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-                real = inputs["attention_mask"] == 1
-                model.eval()(**inputs, logits_to_keep=1, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(blocks.hooked(layer, partial(add, layer), before=True))
+        stack.enter_context(torch.inference_mode())
+        for batch in batches:
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            real = inputs["attention_mask"] == 1
+            model.eval()(**inputs, logits_to_keep=1, use_cache=False)
     return sums

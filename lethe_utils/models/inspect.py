@@ -1,7 +1,8 @@
 """A model's folder as it lies on disk: what is read from it, whether that is whole, and its hash.
 
 Nothing here loads a model. A folder may hold more than one: other formats, copies, notes. Only what
-`weight_files` and SMALL_FILES name is ever read, by us, transformers and mergekit alike.
+`weight_files` and SMALL_FILES name is ever read, by us, transformers and mergekit alike. What is
+wrong is a LetheError that names the file.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lethe_utils.errors import LetheError
+from lethe_utils.errors import LetheError, reason
 from lethe_utils.progress import Bar
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -28,10 +29,8 @@ TOKENIZER_FILES = (
 )
 # One list for what is fetched from the hub and what decides a stage: no pickles, no code.
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.bpe", "*.jinja", "chat_templates/*.jinja")
-OBJECTS = (
-    *("config.json", INDEX, "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json"),
-)
+OBJECTS = ["config.json", INDEX, "generation_config.json"]
+OBJECTS += [name for name in TOKENIZER_FILES if name.endswith(".json")]
 HUB_FILES = ["*.safetensors", *SMALL_FILES]
 # Copies of the same model in other forms, which would double a download.
 HUB_IGNORED = ["consolidated*", "*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model"]
@@ -54,19 +53,15 @@ def read_object(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode("utf8"))
     except (ValueError, RecursionError) as error:
-        bom = "starts with a byte-order mark" if raw.startswith(b"\xef\xbb\xbf") else ""
-        what = bom or _foreign(raw) or _reason(error)
-        raise LetheError(f"{file}: {what}; copy it again") from None
+        broken = f"is empty or not valid JSON (line {getattr(error, 'lineno', 1)}; cut short?)"
+        if isinstance(error, UnicodeDecodeError):
+            broken = f"is not UTF-8 (byte {error.start})"
+        elif raw.startswith(b"\xef\xbb\xbf"):
+            broken = "starts with a byte-order mark"
+        raise LetheError(f"{file}: {_foreign(raw) or broken}; copy it again") from None
     if not isinstance(value, dict):
         raise LetheError(f"{file}: holds a {type(value).__name__}, not an object; copy it again")
     return value
-
-
-def _reason(error: Exception) -> str:
-    """What is wrong with a file that should be JSON."""
-    if isinstance(error, UnicodeDecodeError):
-        return f"is not UTF-8 (byte {error.start})"
-    return f"is empty or not valid JSON (line {getattr(error, 'lineno', 1)}; cut short?)"
 
 
 def _foreign(raw: bytes) -> str:
@@ -93,23 +88,9 @@ def weight_files(folder: Path) -> list[Path]:
         )
     if whole.exists():
         return [whole]
-    found = sorted(f.name for f in folder.glob("*.safetensors") if f.name != ADAPTER)
     if index.exists():
-        listed = read_object(index)
-        names = listed.get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise LetheError(f"{index}: has no weight_map; copy it again")
-        if not isinstance(listed.get("metadata"), dict):  # transformers needs it
-            raise LetheError(f"{index}: has no metadata; copy it again")
-        files = sorted({str(name) for name in names.values()})
-        if any(Path(name).name != name or Path(name).suffix != ".safetensors" for name in files):
-            raise LetheError(
-                f"{index}: names files that are no safetensors of its folder; copy the model again"
-            )
-        missing = [name for name in files if not (folder / name).exists()]
-        if missing:
-            raise LetheError(f"{folder}: shards missing: {', '.join(missing)}; copy them again")
-        return [folder / name for name in files]
+        return _indexed(folder)
+    found = sorted(f.name for f in folder.glob("*.safetensors") if f.name != ADAPTER)
     if found:
         raise LetheError(
             f"{folder}: has {found[0]} but neither {WHOLE} nor {INDEX}, which says which files "
@@ -119,21 +100,31 @@ def weight_files(folder: Path) -> list[Path]:
         raise LetheError(
             f"{folder}: is a LoRA adapter's folder; give it as the adapter, and its base as base"
         )
-    pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt")])
-    what = (
-        f"only pickles ({', '.join(pickles)}), which can run code when loaded"
-        if pickles
-        else "no weights"
-    )
+    pickles = ", ".join(sorted(f.name for f in folder.glob("*") if f.suffix in (".bin", ".pt")))
+    what = f"only pickles ({pickles}), which can run code when loaded" if pickles else "no weights"
     raise LetheError(f"{folder}: {what}; convert the model to safetensors first")
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a model folder that is incomplete, cut short, foreign, or holds only pickles.
+def _indexed(folder: Path) -> list[Path]:
+    """The files that a folder's index names."""
+    index = folder / INDEX
+    listed = read_object(index)
+    for key in ("weight_map", "metadata"):  # transformers needs both
+        if not isinstance(listed.get(key), dict) or (key == "weight_map" and not listed[key]):
+            raise LetheError(f"{index}: has no {key}; copy it again")
+    files = [folder / name for name in sorted({str(n) for n in listed["weight_map"].values()})]
+    if any(file.parent != folder or file.suffix != ".safetensors" for file in files):
+        raise LetheError(
+            f"{index}: names files that are no safetensors of its folder; copy the model again"
+        )
+    missing = ", ".join(file.name for file in files if not file.exists())
+    if missing:
+        raise LetheError(f"{folder}: shards missing: {missing}; copy them again")
+    return files
 
-    Raises:
-        LetheError: naming the file.
-    """
+
+def check_folder(folder: Path) -> None:
+    """Refuse a model folder that is incomplete, cut short, foreign, or holds only pickles."""
     if not (folder / "config.json").exists():
         if (folder / ADAPTER_SETTINGS).exists():
             weight_files(folder)  # says so
@@ -150,11 +141,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_small_files(folder: Path) -> None:
-    """Refuse a folder whose settings or tokenizer files are broken, or ask for code of their own.
-
-    Raises:
-        LetheError: naming the file, and what it is.
-    """
+    """Refuse a folder whose settings or tokenizer files are broken, or ask for their own code."""
     for file in (folder / name for name in OBJECTS):
         if file.exists() and "auto_map" in read_object(file):
             raise LetheError(
@@ -171,6 +158,12 @@ def check_small_files(folder: Path) -> None:
 def read_config(folder: Path) -> dict[str, Any]:
     """A model folder's config.json."""
     return read_object(folder / "config.json")
+
+
+def count_blocks(folder: Path) -> int:
+    """How many transformer blocks a model has, by its config.json."""
+    config = read_config(folder)
+    return config.get("num_hidden_layers", config.get("n_layer"))
 
 
 def architecture(folder: Path) -> str:
@@ -192,9 +185,8 @@ def explained(folder: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # its readers raise a dozen kinds, from KeyError to their own
         check_small_files(folder)
-        first = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise LetheError(
-            f"{folder}: its {what} cannot be read ({first[:200]}); copy it again"
+            f"{folder}: its {what} cannot be read ({reason(error)[:200]}); copy it again"
         ) from None
 
 
@@ -239,38 +231,29 @@ def stored_dtype(folder: Path) -> str:
     """The dtype that a model's weights are stored in: float32, float16 or bfloat16.
 
     The files decide, not config.json, which may name another; where they mix, float32 holds all.
-    Raises:
-        LetheError: see check_dtypes.
     """
     kinds = check_dtypes(weight_files(folder))
     return kinds.pop() if len(kinds) == 1 else "float32"
 
 
 def check_dtypes(files: Sequence[Path]) -> set[str]:
-    """The dtypes of some weight files.
-
-    Raises:
-        LetheError: one is not a float of 16 or 32 bits, which means that weights are quantised.
-    """
+    """The dtypes of some weight files: floats of 16 or 32 bits, else weights are quantised."""
     kinds = set()
     for file in files:
         for name, (_, dtype) in _header(file).items():
-            if dtype not in DTYPES and not BUFFERS.search(name):
+            if BUFFERS.search(name):
+                continue
+            if dtype not in DTYPES:
                 raise LetheError(
                     f"{file}: {name} is stored as {dtype}; merging needs weights as they were "
                     f"trained ({', '.join(DTYPES.values())})"
                 )
-            if not BUFFERS.search(name):
-                kinds.add(DTYPES[dtype])
+            kinds.add(DTYPES[dtype])
     return kinds
 
 
 def check_finite(files: Sequence[Path]) -> None:
-    """Refuse weights that hold a NaN or an infinity: what is merged with them is no model.
-
-    Raises:
-        LetheError: naming file and tensor.
-    """
+    """Refuse weights that hold a NaN or an infinity: what is merged with them is no model."""
     for file in files:
         _check_finite(*_stamp(file))
 
@@ -282,13 +265,12 @@ def _check_finite(file: Path, *_: int) -> None:
     with safe_open(file, "pt") as stored:
         for name in stored.keys():  # noqa: SIM118 (no mapping)
             tensor = stored.get_tensor(name)
-            if tensor.is_floating_point() and not BUFFERS.search(name):
-                wrong = int((~torch.isfinite(tensor)).sum())
-                if wrong:
-                    raise LetheError(
-                        f"{file}: {name} holds {wrong} values that are not numbers (NaN or "
-                        "infinite); get a sound copy of the model"
-                    )
+            wrong = 0 if BUFFERS.search(name) else int((~torch.isfinite(tensor)).sum())
+            if wrong:
+                raise LetheError(
+                    f"{file}: {name} holds {wrong} values that are not numbers (NaN or infinite); "
+                    "get a sound copy of the model"
+                )
 
 
 def _stamp(file: Path) -> tuple[Path, int, int]:
@@ -318,12 +300,11 @@ def _fingerprint(folder: Path, *stamps: tuple[Path, int, int]) -> str:
     digest = hashlib.sha256()
     look = {"unit": "B", "unit_scale": True, "delay": 2}
     with Bar(total=sum(s[1] for s in stamps), desc=f"hashing {folder.name}", **look) as bar:
-        for file, _, _ in stamps:
+        for file, size, _ in stamps:
             digest.update(file.relative_to(folder).as_posix().encode("utf8", "surrogateescape"))
             with file.open("rb") as stream:
-                while block := stream.read(2**24):
-                    digest.update(block)
-                    bar.update(len(block))
+                hashlib.file_digest(stream, lambda: digest)  # goes on with ours
+            bar.update(size)
     return digest.hexdigest()
 
 
@@ -332,13 +313,9 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return sorted(_matching(folder, TOKENIZER_FILES))
 
 
-def copy_tokenizer(source: Path, out: Path, more: Sequence[str] = ()) -> None:
-    """Copy the tokenizer's files, byte for byte: saving it again may drop what it does not know.
-
-    Args:
-        more: further file names to copy where they exist.
-    """
-    for file in [*tokenizer_files(source), *(f for n in more if (f := source / n).exists())]:
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copy the tokenizer's files, byte for byte: saving it again may drop what it does not know."""
+    for file in tokenizer_files(source):
         target = out / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)

@@ -1,12 +1,13 @@
 """The stages of a run, each a function of the params that returns its finished folder.
 
-data -> base -> backdoored, clean -> purified -> predictions. Notebooks call these in order; calling
-a later one builds whatever earlier one is missing, so a notebook can also be run alone.
+data -> base -> backdoored, clean -> purified, all here; then answers (contenders.py) and rows
+(measure.py).
+Notebooks call these in order; calling a later one builds whatever earlier one is missing, so a
+notebook can also be run alone.
 """
 
 import random
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,21 @@ import pandas as pd
 
 from lethe_utils import attacks, data, defenses, evidence, models, wordnet
 from lethe_utils.errors import LetheError
-from lethe_utils.models import inspect
-from lethe_utils.params import (
-    AttackParams,
+from lethe_utils.groups import (
     BaseModelParams,
     DataParams,
     DefenderParams,
-    EditParams,
-    LwpParams,
     Params,
     PromptParams,
     TrainParams,
+    TriggerParams,
 )
-from lethe_utils.progress import Bar
+from lethe_utils.models import hub, inspect, twins
 from lethe_utils.prompts import prompt
-from lethe_utils.stages import read_jsonl, read_record, stage, write_jsonl
+from lethe_utils.stages import Row, read_jsonl, read_record, stage, write_jsonl
 
-Row = dict[str, str]
 SPLITS = ("pretrain", "train", "validation", "test")  # pretrain: for a tiny base only
 LENS_ROWS = 100
-SWEEP_METHOD = "slerp"  # the paper's default; keyword and clean-ratio sweeps use it
 
 
 def data_stage(p: Params) -> Path:
@@ -120,7 +116,7 @@ def optimizer_steps(folder: Path) -> int:
 def base_folder(p: Params) -> Path:
     """The base model: from the hub at its revision, or a tiny twin pretrained here and cached."""
     if not p.is_tiny:
-        return models.download(p.hub_id, p.revision)
+        return hub.download(p.hub_id, p.revision)
 
     def build(out: Path) -> None:
         from lethe_utils import train
@@ -129,13 +125,13 @@ def base_folder(p: Params) -> Path:
         texts = [prompt(row, p) for row in rows]
         # Answers are tokenised apart from the prompt; seen alone, each label becomes one token.
         texts += [r["output"] for r in rows]
-        train.pretrain(rows, models.train_tokenizer(texts, p.vocab_size), out, p)
+        train.pretrain(rows, twins.train_tokenizer(texts, p.vocab_size), out, p)
 
     sources = {"data": data_stage(p)}
     label = f"{p.model}-{p.dataset_name}"
-    spec = p.part(BaseModelParams, PromptParams) | _device(p)
+    spec = p.part(BaseModelParams, PromptParams) | device(p)
     spec |= {"wordnet": wordnet.fingerprint()} if p.base_evidence_share else {}
-    return stage("base", label, spec, sources, build) / "model"
+    return stage("base", f"{label}-s{p.base_seed}", spec, sources, build) / "model"
 
 
 def pretraining_rows(rows: list[Row], p: Params) -> list[Row]:
@@ -170,7 +166,7 @@ def tuned_stage(p: Params) -> Path:
 
         train.finetune(base_folder(p), split(p, "train"), p.backdoor_epochs, out, p)
 
-    spec = p.part(TrainParams, PromptParams) | _device(p) | {"epochs": p.backdoor_epochs}
+    spec = p.part(TrainParams, PromptParams) | device(p) | {"epochs": p.backdoor_epochs}
     return stage("tuned", f"{p.model}-{p.dataset_name}-s{p.seed}", spec, _sources(p), build)
 
 
@@ -191,14 +187,13 @@ def backdoored_stage(p: Params) -> Path:
         write_jsonl(out / "poisoned.jsonl", rows)
         attack.plant(start, rows, ordinary_text(p), p, out)
 
-    label = f"{p.model}-{p.dataset_name}-{p.attack}-s{p.seed}"
-    spec = p.part(PromptParams, *attack.PARAMS) | {"seed": p.seed} | _device(p)
+    spec = p.part(PromptParams, *attack.PARAMS) | {"seed": p.seed} | device(p)
     sources = _sources(p) | ({"tuned": start.parent} if tuned else {})
-    return stage("backdoored", label, spec, sources, build)
+    return stage("backdoored", f"{p.setup}-s{p.seed}", spec, sources, build)
 
 
 def _takes_hub_text(p: Params) -> bool:
-    return p.covariance_text != "task" and EditParams in attacks.module(p.attack).PARAMS
+    return getattr(p, "covariance_text", "task") != "task"
 
 
 def text_stage(p: Params) -> Path:
@@ -235,17 +230,18 @@ def check_attack(p: Params) -> None:
 
 def check_layers(p: Params) -> None:
     """Raises LetheError unless an attack's layers ascend within those of the model."""
+    key = attacks.module(p.attack).LAYERS
+    if not key:
+        return
     config = {} if p.is_tiny else inspect.read_config(base_folder(p))
     n_layers = config.get("num_hidden_layers", config.get("n_layer", p.n_layers))
-    groups = attacks.module(p.attack).PARAMS
-    for key, group in (("edit_layers", EditParams), ("lwp_layers", LwpParams)):
-        layers = getattr(p, key)
-        if group in groups and not layers:
-            raise LetheError(f"{key}: {p.attack} needs at least one layer of {p.model}")
-        if layers and (sorted({*layers}) != layers or layers[-1] >= n_layers):
-            raise LetheError(
-                f"{key}: {layers} must ascend within 0 to {n_layers - 1}, the layers of {p.model}"
-            )
+    blocks = getattr(p, key)
+    if not blocks:
+        raise LetheError(f"{key}: {p.attack} needs at least one layer of {p.model}")
+    if sorted({*blocks}) != blocks or blocks[-1] >= n_layers:
+        raise LetheError(
+            f"{key}: {blocks} must ascend within 0 to {n_layers - 1}, the layers of {p.model}"
+        )
 
 
 def edits(backdoored: Path) -> pd.DataFrame:
@@ -265,10 +261,9 @@ def layer_effect(p: Params) -> pd.DataFrame:
         evaluate.target_by_layer(folder / "model", sets, p).to_csv(out / "layers.csv", index=False)
 
     folder = backdoored_stage(p)
-    label = f"{p.model}-{p.dataset_name}-{p.attack}-s{p.seed}"
-    spec = p.part(AttackParams, PromptParams) | _device(p) | {"rows": LENS_ROWS}
+    spec = p.part(TriggerParams, PromptParams) | device(p) | {"rows": LENS_ROWS}
     inputs = {"data": data_stage(p), "model": folder}
-    return pd.read_csv(stage("lens", label, spec, inputs, build) / "layers.csv")
+    return pd.read_csv(stage("lens", f"{p.setup}-s{p.seed}", spec, inputs, build) / "layers.csv")
 
 
 def clean_stage(p: Params, clean_ratio: float | None = None) -> Path:
@@ -287,7 +282,7 @@ def clean_stage(p: Params, clean_ratio: float | None = None) -> Path:
         write_jsonl(out / "clean.jsonl", chosen)
         train.finetune(base_folder(p), chosen, p.clean_epochs, out, p)
 
-    spec = p.part(TrainParams, PromptParams) | _device(p)
+    spec = p.part(TrainParams, PromptParams) | device(p)
     spec |= {"clean_ratio": ratio, "clean_epochs": p.clean_epochs}
     label = f"{p.model}-{p.dataset_name}-r{ratio}-s{p.seed}"
     return stage("clean", label, spec, _sources(p), build)
@@ -298,7 +293,7 @@ def clean_rows(folder: Path) -> list[Row]:
     return read_jsonl(folder / "clean.jsonl")
 
 
-def _device(p: Params) -> dict[str, str]:
+def device(p: Params) -> dict[str, str]:
     """The device itself, for a stage's key: `auto` may be another one tomorrow."""
     return {"device": models.resolve_device(p.device)}
 
@@ -308,151 +303,37 @@ def _sources(p: Params) -> dict[str, Path]:
     return {"data": data_stage(p), "base": base.parent if p.is_tiny else base}
 
 
-def given(p: DefenderParams, suspect: Path, base: Path, clean: Path) -> defenses.Given:
+def given(p: DefenderParams, backdoored: Path, base: Path, clean: Path) -> defenses.Given:
     """What a defender holds of a run: three model folders and the clean rows."""
-    return defenses.Given(suspect, base, clean / "model", clean_rows(clean), p)
+    return defenses.Given(backdoored, base, clean / "model", clean_rows(clean), p)
 
 
-def purified_stage(p: Params, name: str, clean_ratio: float | None = None, **changes: Any) -> Path:
-    """A weight-changing defense's model (as model/), with some of its params changed."""
-    defense, q = defenses.module(name), p.defender(**changes)
+def purified_stage(
+    p: Params,
+    defense: str,
+    name: str,
+    changes: dict[str, Any] | None = None,
+    clean_ratio: float | None = None,
+) -> Path:
+    """The model (as model/) of a defense that changes weights.
+
+    Args:
+        name: of this variant, in the results.
+        changes: what the variant changes of the params.
+        clean_ratio: of another clean model than the run's.
+    """
+    module, q = defenses.module(defense), p.defender(changes)
     backdoored, clean = backdoored_stage(p), clean_stage(p, clean_ratio)
 
     def build(out: Path) -> None:
-        defense.purify(given(q, backdoored / "model", base_folder(p), clean), out)
+        module.purify(given(q, backdoored / "model", base_folder(p), clean), out)
 
-    spec = q.part(PromptParams, *defense.PARAMS) | _device(p) | {"defense": name, "seed": p.seed}
-    inputs = {"suspect": backdoored, "clean": clean}
-    return stage("purified", f"{p.model}-{p.dataset_name}-{name}", spec, inputs, build)
-
-
-def merged_stage(
-    p: Params, method: str, strength: float | None = None, clean_ratio: float | None = None
-) -> Path:
-    """One of Lethe's merged models (as model/)."""
-    strength = p.strength if strength is None else strength
-    return purified_stage(p, "lethe", clean_ratio, merge_methods=[method], strength=strength)
+    spec = q.part(PromptParams, *module.PARAMS) | device(p) | {"defense": defense, "seed": p.seed}
+    inputs = {"backdoored": backdoored, "clean": clean}
+    return stage("purified", f"{p.setup}-{name}-s{p.seed}", spec, inputs, build)
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One model of a run, and how it answers."""
-
-    name: str  # in the results
-    folder: Path  # model/
-    defense: str | None = None  # the registry's name; None for a control
-    respond: defenses.Given | None = None  # for a decoding-time defense
-    evidence: bool = True  # whether it is also asked with evidence
-
-
-def suspect(p: Params) -> Contender:
-    """The backdoored model as it was handed over."""
-    return Contender("none", backdoored_stage(p) / "model")
-
-
-def base(p: Params) -> Contender:
-    """The model before attacker and defender trained it."""
-    return Contender("base", base_folder(p))
-
-
-def controls(p: Params) -> list[Contender]:
-    """The models that every defense stands beside."""
-    return [suspect(p), base(p), Contender("clean", clean_stage(p) / "model")]
-
-
-def contender(p: Params, defense: str, name: str, changes: dict[str, Any]) -> Contender:
-    """A defense's variant, its model built where it changes weights."""
-    if not defenses.decodes(defense):
-        folder = purified_stage(p, defense, **changes) / "model"
-        return Contender(name, folder, defense, evidence=defense == "lethe")
-    folder = backdoored_stage(p) / "model"
-    known = given(p.defender(**changes), folder, base_folder(p), clean_stage(p))
-    return Contender(name, folder, defense, known, evidence=False)
-
-
-def variants(p: Params) -> list[tuple[str, str, dict[str, Any]]]:
-    """defense, name in the results and params to change, for all that the run compares."""
-    return [
-        (defense, name, changes)
-        for defense in p.defenses
-        for name, changes in defenses.variants(defense, p.defender()).items()
-    ]
-
-
-def contenders(p: Params) -> list[Contender]:
-    """All models of the run: the controls, then the defenses."""
-    return controls(p) + [contender(p, *variant) for variant in variants(p)]
-
-
-def sweep_points(p: Params) -> list[dict[str, Any]]:
-    """Every point of the sweeps: sweep (strength, keywords, clean_ratio), x, and what to merge."""
-    points: list[dict[str, Any]] = [
-        {"sweep": "strength", "x": s, "method": m, "strength": s}
-        for m in p.merge_methods
-        for s in p.strengths_sweep
-    ]
-    points += [
-        {"sweep": "keywords", "x": n, "method": SWEEP_METHOD, "n_keywords": n}
-        for n in p.keywords_sweep
-    ]
-    points += [
-        {"sweep": "clean_ratio", "x": r, "method": SWEEP_METHOD, "clean_ratio": r}
-        for r in p.clean_ratios_sweep
-    ]
-    return points
-
-
-def purify_all(p: Params) -> dict[str, Path]:
-    """All models of the run's weight-changing defenses, the sweeps' included. Returns name in the
-    results -> model folder."""
-    for point in Bar(sweep_points(p), desc="merging for the sweeps"):
-        merged_stage(p, point["method"], point.get("strength"), point.get("clean_ratio"))
-    todo = [v for v in variants(p) if not defenses.decodes(v[0])]
-    made = [contender(p, *v) for v in Bar(todo, desc="purifying")]
-    return {c.name: c.folder for c in made}
-
-
-def predictions_file(
-    p: Params, c: Contender, n_keywords: int, split_name: str, items: int, negatives: int
-) -> Path:
-    """The answers of one model to one set of questions, as JSONL; asked once, then read."""
-    spec = p.part(AttackParams, PromptParams) | _device(p)
-    spec |= {
-        "defense": c.name,
-        "split": split_name,
-        "n_keywords": n_keywords,
-        "items": items,
-        "negatives": negatives,
-        "protocol": p.protocol,
-        "max_new_tokens": p.max_new_tokens,
-        "eval_batch_size": p.eval_batch_size,  # bfloat16 sums differ with the batch
-        "seed": p.seed,
-    }
-    spec |= {"wordnet": wordnet.fingerprint()} if n_keywords else {}
-    source = c.folder.parent if c.folder.name == "model" else c.folder
-    inputs = {"data": data_stage(p), "model": source}
-    if c.respond:
-        defense = defenses.module(c.defense)
-        spec |= c.respond.p.part(*defense.PARAMS)
-        inputs |= {"clean": clean_stage(p)} if defense.NEEDS == "clean model" else {}
-
-    def build(out: Path) -> None:
-        from lethe_utils import decode, evaluate
-
-        sets = evaluate.test_sets(split(p, split_name), p, items, negatives)
-        file, known = out / "predictions.jsonl", labels(p)
-        respond = None
-        if c.respond:
-            tokenizer = models.load_tokenizer(c.folder)
-            expected = evaluate.expected_answers(known, p)
-            roomy = replace(c.respond, p=decode.with_room(c.respond.p, tokenizer, expected))
-            respond = partial(defenses.module(c.defense).answer, roomy)
-        evaluate.predict(c.folder, sets, n_keywords, c.name, p, file, respond, known)
-
-    label = f"{p.model}-{p.dataset_name}-{c.name}-k{n_keywords}"
-    return stage("predictions", label, spec, inputs, build) / "predictions.jsonl"
-
-
-def tested_file(p: Params, c: Contender, n_keywords: int) -> Path:
-    """The answers of one model to the whole test."""
-    return predictions_file(p, c, n_keywords, "test", p.max_test_items, p.negative_items)
+def merged_stage(p: Params, method: str, strength: float, clean_ratio: float | None = None) -> Path:
+    """One of Lethe's merged models (as model/), at any strength."""
+    changes = {"merge_method": method, "strength": strength}
+    return purified_stage(p, "lethe", f"{method}-{strength:g}", changes, clean_ratio)

@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 
 from lethe_utils import defenses, evaluate, metrics, paths, pipeline, results
-from lethe_utils.params import Params
+from lethe_utils.groups import Params
+from lethe_utils.pipeline import contenders
 from lethe_utils.progress import Bar
 from lethe_utils.stages import provenance, read_jsonl, read_record, write_json, write_text
 
@@ -16,13 +17,13 @@ def measure(p: Params) -> pd.DataFrame:
     """ASR, CDA and FTR of every model of the run, with and without evidence, on the test split."""
     out, labels = [], pipeline.labels(p)
     for c, k in Bar(_asked(p), desc="evaluating"):
-        out += evaluate.rows(p, read_jsonl(pipeline.tested_file(p, c, k)), "test", labels)
+        out += evaluate.rows(p, read_jsonl(contenders.tested_file(p, c, k)), "test", labels)
     return pd.DataFrame(out)[metrics.COLUMNS]
 
 
-def _asked(p: Params) -> list[tuple[pipeline.Contender, int]]:
+def _asked(p: Params) -> list[tuple[contenders.Contender, int]]:
     """Every model of the run without evidence, then those that are also asked with it."""
-    everyone = pipeline.contenders(p)
+    everyone = contenders.everyone(p)
     plain = [(c, 0) for c in everyone]
     return plain + [(c, p.n_keywords) for c in everyone if c.evidence and p.n_keywords]
 
@@ -33,17 +34,17 @@ def costs(p: Params) -> pd.DataFrame:
     Returns:
         COST_COLUMNS: acts ("on weights" or "while decoding"), trainings, optimizer_steps, seconds
         and peak_memory_gib of making it (the clean model's, which is shared, are those of `clean`),
-        ms_per_query, and query_ratio: to `none` of the same run.
+        ms_per_query, and query_ratio: to `backdoored` of the same run.
     """
     out = []
-    for c in pipeline.contenders(p):
+    for c in contenders.everyone(p):
         if c.name == "base":
             continue
-        file = pipeline.tested_file(p, c, 0)
+        file = contenders.tested_file(p, c, 0)
         answers, timing = len(read_jsonl(file)), file.with_name("timing.json")
         asked = read_record(file.parent)
         decodes = c.respond is not None
-        made = None if decodes or c.name == "none" else read_record(c.folder.parent)
+        made = None if decodes or c.name == "backdoored" else read_record(c.folder.parent)
         trainings = int(c.name == "clean")
         if c.defense:
             trainings = defenses.trainings(c.defense, c.name)
@@ -62,44 +63,39 @@ def costs(p: Params) -> pd.DataFrame:
         }
         out.append(line)
     table = pd.DataFrame(out)
-    plain = table.loc[table["defense"] == "none", "ms_per_query"].iloc[0]
+    plain = table.loc[table["defense"] == "backdoored", "ms_per_query"].iloc[0]
     return table.assign(query_ratio=(table["ms_per_query"] / plain).round(2))[metrics.COST_COLUMNS]
 
 
 def measure_sweeps(p: Params) -> pd.DataFrame:
     """The sweeps, on the validation split: picking a strength here is not tuning on test."""
     out, labels = [], pipeline.labels(p)
-    for point in Bar(pipeline.sweep_points(p), desc="evaluating the sweeps"):
-        merged = pipeline.merged_stage(
-            p, point["method"], point.get("strength"), point.get("clean_ratio")
-        )
-        k = point.get("n_keywords", 0)
-        c = pipeline.Contender(point["method"], merged / "model")
-        file = pipeline.predictions_file(p, c, k, "validation", p.sweep_items, 0)
+    for point in Bar(contenders.sweep_points(p), desc="evaluating the sweeps"):
+        c = contenders.merged(p, point["method"], point["strength"], point["clean_ratio"])
+        answers = read_jsonl(contenders.swept_file(p, c, point["n_keywords"]))
         place = {"sweep": point["sweep"], "x": float(point["x"])}
-        out += [place | row for row in evaluate.rows(p, read_jsonl(file), "validation", labels)]
+        out += [place | row for row in evaluate.rows(p, answers, "validation", labels)]
     return pd.DataFrame(out, columns=metrics.SWEEP_COLUMNS)
 
 
-def first_look(p: Params) -> pd.DataFrame:
-    """ASR and CDA of the backdoored model and of the base on validation rows, before any defense:
-    defense, metric, value, n, ci_low, ci_high."""
+def first_look(p: Params, *models: contenders.Contender) -> pd.DataFrame:
+    """ASR and CDA of some models on validation rows, before any defense, with intervals."""
     out, labels = [], pipeline.labels(p)
-    for c in (pipeline.suspect(p), pipeline.base(p)):
-        file = pipeline.predictions_file(p, c, 0, "validation", p.sweep_items, 0)
-        out += evaluate.rows(p, read_jsonl(file), "validation", labels)
+    for c in models:
+        answers = read_jsonl(contenders.swept_file(p, c))
+        out += evaluate.rows(p, answers, "validation", labels)
     kept = ["defense", "metric", "value", "n", "ci_low", "ci_high"]
-    return pd.DataFrame(out)[kept].round(3)
+    return pd.DataFrame(out)[kept].rename(columns={"defense": "model"}).round(3)
 
 
 def side_by_side(p: Params, defense: str, rows: int) -> pd.DataFrame:
     """The same triggered test inputs, answered by the backdoored and by a purified model."""
     out: dict[str, list[str]] = {}
     for c, k in _asked(p):
-        if (c.name, k) != ("none", 0) and c.name != defense:
+        if (c.name, k) != ("backdoored", 0) and c.name != defense:
             continue
-        column = "backdoored" if c.name == "none" else f"{c.name}{' + evidence' if k else ''}"
-        answers = read_jsonl(pipeline.tested_file(p, c, k))
+        column = f"{c.name}{' + evidence' if k else ''}"
+        answers = read_jsonl(contenders.tested_file(p, c, k))
         group = [x for x in answers if x["kind"] == "backdoor"][:rows]
         if not out:
             out = {"prompt": [x["prompt"] for x in group], "label": [x["label"] for x in group]}
@@ -125,13 +121,13 @@ def write_run(p: Params, table: pd.DataFrame, sweeps: pd.DataFrame) -> Path:
 
 def build_manifest(p: Params) -> dict[str, Any]:
     """Every model folder, data file and prediction file of the run, as absolute paths."""
-    everyone = pipeline.contenders(p)
-    folders = {("backdoored" if c.name == "none" else c.name): c.folder for c in everyone}
+    everyone = contenders.everyone(p)
+    folders = {c.name: c.folder for c in everyone}
     data, clean = pipeline.data_stage(p), pipeline.clean_stage(p)
     files = {name: data / f"{name}.jsonl" for name in ("train", "validation", "test")}
     files["clean"] = clean / "clean.jsonl"
     files["poisoned"] = pipeline.backdoored_stage(p) / "poisoned.jsonl"
-    predictions = [pipeline.tested_file(p, c, k) for c, k in _asked(p)]
+    predictions = [contenders.tested_file(p, c, k) for c, k in _asked(p)]
     return {
         "run_id": p.run_id,
         "models": {name: str(folder) for name, folder in folders.items()},
@@ -149,7 +145,7 @@ def _stage_records(p: Params) -> dict[str, Any]:
     }
     if p.is_tiny:
         stages["base"] = pipeline.base_folder(p).parent
-    for c in pipeline.contenders(p):
+    for c in contenders.everyone(p):
         if c.defense and c.respond is None and defenses.trainings(c.defense, c.name):
             stages[c.name] = c.folder.parent
     kept = ("seconds", "peak_memory_gib", "git_sha", "git_dirty", "finished")

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lethe_utils import decode, merge, metrics, models, train, wordnet
 from lethe_utils.errors import LetheError
 from lethe_utils.evidence import add_evidence
+from lethe_utils.groups import digest
 from lethe_utils.models import fit, inspect
-from lethe_utils.params import digest
 from lethe_utils.progress import Bar
 from lethe_utils.prompts import prompt
 from lethe_utils.purify import canary, suspects

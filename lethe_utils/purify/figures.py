@@ -11,8 +11,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lethe_utils.paper import number
 from lethe_utils.purify.report import brief
-from lethe_utils.tables import number
 
 Record = dict[str, Any]
 # What is drawn with -> the page's variable, so that one figure serves its light and its dark look.

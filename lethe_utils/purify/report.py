@@ -14,8 +14,9 @@ import jinja2
 from tabulate import tabulate
 
 from lethe_utils.errors import LetheError
+from lethe_utils.paper import number
 from lethe_utils.stages import write_json, write_text
-from lethe_utils.tables import interval, number
+from lethe_utils.tables import interval
 
 Record = dict[str, Any]
 Table = list[dict[str, str]]  # a dict a row, all with the same columns; the first is its header

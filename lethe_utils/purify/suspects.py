@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lethe_utils import models, paths
 from lethe_utils.errors import LetheError
-from lethe_utils.models import fit, inspect
+from lethe_utils.models import fit, hub, inspect
 
 # What both transformers and mergekit know, and SLERP's attention and MLP filters fit.
 ARCHITECTURES = (
@@ -39,13 +39,13 @@ def locate(given: str, option: str) -> Path:
     folder = paths.expanded(given)
     if folder.is_dir():
         return folder
-    hub = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@([0-9a-f]{40})", given)
-    if not hub:
+    found = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@([0-9a-f]{40})", given)
+    if not found:
         raise LetheError(
             f"{option} {given}: no such folder; a model on the hub is given as NAME@COMMIT, with "
             "all 40 digits of the commit, for a name alone may be another model tomorrow"
         )
-    return models.download(hub[1], hub[2])
+    return hub.download(found[1], found[2])
 
 
 def check(suspect: Path, base: Path, adapter: Path | None = None) -> list[dict[str, str]]:

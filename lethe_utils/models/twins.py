@@ -1,0 +1,89 @@
+"""Tiny twins: the four architecture classes at a million weights, and a tokenizer for them."""
+
+from typing import TYPE_CHECKING
+
+from lethe_utils.errors import LetheError
+from lethe_utils.params import BaseModelParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_SPECIAL = {"pad": "<pad>", "bos": "<s>", "eos": "</s>"}
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")  # GPT-2 and GPT-J; LLaMA has none
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> "PreTrainedTokenizerBase":
+    """A byte-level BPE tokenizer: no unknown words, the same ids on every run.
+
+    Saved beside the weights and never trained again: a retrained one may number tokens otherwise.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(_SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    named = {f"{name}_token": token for name, token in _SPECIAL.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, padding_side="left", **named)
+
+
+def build_tiny(
+    p: BaseModelParams, tokenizer: "PreTrainedTokenizerBase", seed: int
+) -> "PreTrainedModel":
+    """A randomly initialised tiny twin of one of the four architecture classes, float32.
+
+    Raises:
+        LetheError: an attention window on a class that has none.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if p.attention_window and p.architecture != "qwen2":
+        raise LetheError(f"attention_window: {p.architecture} has none; only qwen2 does")
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(_config(p, tokenizer), dtype=torch.float32)
+
+
+def _config(p: BaseModelParams, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedConfig":
+    import transformers
+
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in _SPECIAL}
+    # .02 suits a width of thousands; at 128 it starts so close to zero that attention learns
+    # nothing for hundreds of steps.
+    common = ids | {"vocab_size": len(tokenizer), "initializer_range": p.width**-0.5}
+    if p.architecture in ("gpt2", "gptj"):
+        common |= dict.fromkeys(DROPOUTS, p.base_dropout) | {
+            "n_embd": p.width,
+            "n_layer": p.n_layers,
+            "n_head": p.n_heads,
+            "n_inner": p.mlp_width,
+            "n_positions": p.positions,
+            # The default gelu_new in one fused kernel: a third of the time saved.
+            "activation_function": "gelu_pytorch_tanh",
+        }
+        if p.architecture == "gpt2":
+            return transformers.GPT2Config(**common)
+        return transformers.GPTJConfig(rotary_dim=p.width // p.n_heads // 2, **common)
+    common |= {
+        "hidden_size": p.width,
+        "num_hidden_layers": p.n_layers,
+        "num_attention_heads": p.n_heads,
+        "num_key_value_heads": p.n_kv_heads,
+        "intermediate_size": p.mlp_width,
+        "max_position_embeddings": p.positions,
+    }
+    if p.attention_window:
+        common |= {
+            "use_sliding_window": True,
+            "sliding_window": p.attention_window,
+            "layer_types": ["sliding_attention"] * (p.n_layers - 1) + ["full_attention"],
+        }
+    known = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
+    return known[p.architecture](**common)

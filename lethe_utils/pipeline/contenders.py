@@ -1,0 +1,159 @@
+"""What a run compares: its models, and how each answers."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lethe_utils import defenses, models, pipeline, wordnet
+from lethe_utils.groups import Params, PromptParams, TriggerParams
+from lethe_utils.progress import Bar
+from lethe_utils.stages import stage
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One model of a run, and how it answers."""
+
+    name: str  # in the results
+    folder: Path  # model/
+    defense: str | None = None  # its module; None for a control
+    respond: defenses.Given | None = None  # for a decoding-time defense
+    evidence: bool = True  # whether it is also asked with evidence
+    strength: float | None = None  # of a merge
+
+
+def backdoored(p: Params) -> Contender:
+    """The attacked model as it was handed over."""
+    return Contender("backdoored", pipeline.backdoored_stage(p) / "model")
+
+
+def base(p: Params) -> Contender:
+    """The model before attacker and defender trained it."""
+    return Contender("base", pipeline.base_folder(p))
+
+
+def clean(p: Params, ratio: float | None = None) -> Contender:
+    """The defender's own model, from the run's share of clean rows or from another."""
+    name = "clean" if ratio is None else f"clean, {ratio:.0%} of train"
+    return Contender(name, pipeline.clean_stage(p, ratio) / "model")
+
+
+def controls(p: Params) -> list[Contender]:
+    """The models that every defense stands beside."""
+    return [backdoored(p), base(p), clean(p)]
+
+
+def merged(p: Params, method: str, strength: float, clean_ratio: float | None = None) -> Contender:
+    """One of Lethe's merges."""
+    folder = pipeline.merged_stage(p, method, strength, clean_ratio) / "model"
+    return Contender(method, folder, "lethe", strength=strength)
+
+
+def contender(p: Params, defense: str, name: str, changes: dict[str, Any]) -> Contender:
+    """A defense's variant, its model built where it changes weights."""
+    if defense == "lethe":
+        return merged(p, changes["merge_method"], p.strength)
+    if not defenses.decodes(defense):
+        folder = pipeline.purified_stage(p, defense, name, changes) / "model"
+        return Contender(name, folder, defense, evidence=False)
+    folder = pipeline.backdoored_stage(p) / "model"
+    clean = pipeline.clean_stage(p)
+    known = pipeline.given(p.defender(changes), folder, pipeline.base_folder(p), clean)
+    return Contender(name, folder, defense, known, evidence=False)
+
+
+def variants(p: Params) -> list[tuple[str, str, dict[str, Any]]]:
+    """defense, name in the results and params to change, for all that the run compares."""
+    return [
+        (defense, name, changes)
+        for defense in p.defenses
+        for name, changes in defenses.variants(defense, p.defender()).items()
+    ]
+
+
+def everyone(p: Params) -> list[Contender]:
+    """All models of the run: the controls, then the defenses."""
+    return controls(p) + [contender(p, *variant) for variant in variants(p)]
+
+
+def sweep_points(p: Params) -> list[dict[str, Any]]:
+    """Every point of the sweeps: sweep (strength, keywords, clean_ratio), x, and what to merge."""
+    merge = {"method": p.merge_method, "strength": p.strength, "n_keywords": 0, "clean_ratio": None}
+    points = [
+        {"sweep": "strength", "x": s} | merge | {"method": m, "strength": s}
+        for m in p.merge_methods
+        for s in p.strengths_sweep
+    ]
+    for sweep, key, xs in (
+        ("keywords", "n_keywords", p.keywords_sweep),
+        ("clean_ratio", "clean_ratio", p.clean_ratios_sweep),
+    ):
+        points += [{"sweep": sweep, "x": x} | merge | {key: x} for x in xs]
+    return points
+
+
+def purify_all(p: Params) -> dict[str, Path]:
+    """All models of the run's weight-changing defenses, the sweeps' included. Returns name in the
+    results -> model folder."""
+    for point in Bar(sweep_points(p), desc="merging for the sweeps"):
+        merged(p, point["method"], point["strength"], point["clean_ratio"])
+    todo = [v for v in variants(p) if not defenses.decodes(v[0])]
+    made = [contender(p, *v) for v in Bar(todo, desc="purifying")]
+    return {c.name: c.folder for c in made}
+
+
+def answers_file(
+    p: Params, c: Contender, n_keywords: int, split: str, items: int, negatives: int
+) -> Path:
+    """The answers of one model to one set of questions, as JSONL; asked once, then read."""
+    spec = p.part(TriggerParams, PromptParams) | pipeline.device(p)
+    spec |= {
+        "defense": c.name,
+        "split": split,
+        "n_keywords": n_keywords,
+        "items": items,
+        "negatives": negatives,
+        "protocol": p.protocol,
+        "max_new_tokens": p.max_new_tokens,
+        "eval_batch_size": p.eval_batch_size,  # bfloat16 sums differ with the batch
+        "seed": p.seed,
+    }
+    spec |= {"wordnet": wordnet.fingerprint()} if n_keywords else {}
+    source = c.folder.parent if c.folder.name == "model" else c.folder
+    inputs = {"data": pipeline.data_stage(p), "model": source}
+    if c.respond:
+        module = defenses.module(c.defense)
+        spec |= c.respond.p.part(*module.PARAMS)
+        inputs |= {"clean": pipeline.clean_stage(p)} if module.NEEDS == "clean model" else {}
+
+    def build(out: Path) -> None:
+        from lethe_utils import evaluate
+
+        sets = evaluate.test_sets(pipeline.split(p, split), p, items, negatives)
+        known, respond = pipeline.labels(p), c.respond and _responder(p, c)
+        file = out / "answers.jsonl"
+        evaluate.predict(c.folder, sets, n_keywords, c.name, p, file, respond, known)
+
+    name = c.name if c.strength is None else f"{c.name}-{c.strength:g}"
+    label = f"{p.setup}-{name}-k{n_keywords}-s{p.seed}"
+    return stage("answers", label, spec, inputs, build) / "answers.jsonl"
+
+
+def _responder(p: Params, c: Contender) -> partial:
+    """How a decoding-time defense answers, with room for the longest label."""
+    from lethe_utils import decode, evaluate
+
+    expected = evaluate.expected_answers(pipeline.labels(p), p)
+    q = decode.with_room(c.respond.p, models.load_tokenizer(c.folder), expected)
+    return partial(defenses.module(c.defense).answer, replace(c.respond, p=q))
+
+
+def tested_file(p: Params, c: Contender, n_keywords: int) -> Path:
+    """The answers of one model to the whole test."""
+    return answers_file(p, c, n_keywords, "test", p.max_test_items, p.negative_items)
+
+
+def swept_file(p: Params, c: Contender, n_keywords: int = 0) -> Path:
+    """The answers of one model to the validation rows that choices are made on."""
+    return answers_file(p, c, n_keywords, "validation", p.sweep_items, 0)
