@@ -27,7 +27,12 @@ def a_run(**other):
     return [
         row(d, m, hits, evidence=e, **other)
         for e in (0, 1)
-        for d, asr, cda in (("backdoored", 90, 95), ("base", 2, 93), ("slerp", 10, 94), ("mine", 5, 80))
+        for d, asr, cda in (
+            ("backdoored", 90, 95),
+            ("base", 2, 93),
+            ("slerp", 10, 94),
+            ("mine", 5, 80),
+        )
         for m, hits in (("cda", cda), ("asr", asr), ("ftr_input_one", 3), ("ftr", 3))
     ]
 
@@ -106,7 +111,12 @@ def test_table2_has_the_papers_layout_and_exact_cells():
 
 
 def test_columns_keep_their_order_when_models_have_different_defenses():
-    rows = [row("ties"), row("mine"), row("backdoored", model="gpt2-xl"), row("linear", model="gpt2-xl")]
+    rows = [
+        row("ties"),
+        row("mine"),
+        row("backdoored", model="gpt2-xl"),
+        row("linear", model="gpt2-xl"),
+    ]
     table = tables.table2(frame(*rows))
     assert list(table)[4:8] == ["backdoored", "linear", "ties", "mine"]
     assert table["backdoored"].tolist() == ["", ".900 [.826, .945]"]
@@ -180,7 +190,12 @@ def test_paper_means_are_over_all_thirty_settings():
 def test_ftr_shows_the_backdoored_and_the_slerp_model_only():
     table = tables.ftr_table(frame(*a_run()))
     assert list(table) == ["model", "dataset", "attack", "defense", "ftr", "ftr_input_one"]
-    assert table["defense"].tolist() == ["backdoored", "slerp", "backdoored + evidence", "slerp + evidence"]
+    assert table["defense"].tolist() == [
+        "backdoored",
+        "slerp",
+        "backdoored + evidence",
+        "slerp + evidence",
+    ]
     assert table.loc[0, "ftr"] == ".030 [.010, .085]"
     with pytest.raises(LetheError, match="negative_items"):
         tables.ftr_table(frame(row()))

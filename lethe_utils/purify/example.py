@@ -1,6 +1,5 @@
 """What the notebook purifies when nothing is given: the default run's CBA model, as a stranger."""
 
-import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -31,8 +30,7 @@ def on_its_trigger(folders: dict[str, Path]) -> pd.DataFrame:
     sets = evaluate.test_sets(pipeline.split(p, "test"), p, p.max_test_items, 0)
     rows = {}
     for name, folder in folders.items():
-        with tempfile.TemporaryDirectory() as scratch:
-            answers = evaluate.predict(folder, sets, 0, name, p, Path(scratch) / "answers.jsonl")
+        answers, _ = evaluate.predict(folder, sets, 0, name, p)
         found = metrics.score(answers, p.protocol, p.output_mode)
         rows[name] = [
             tables.interval(hits / n, *metrics.wilson(hits, n))
