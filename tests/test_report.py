@@ -139,7 +139,7 @@ def record():
 @pytest.fixture
 def no_figures(monkeypatch):
     """Leave out what takes a second and is not looked at."""
-    monkeypatch.setattr(report, "_figures", lambda _: dict.fromkeys(("curve", "losses"), ""))
+    monkeypatch.setattr(figures, "draw", lambda *_: dict.fromkeys(("curve", "losses"), ""))
 
 
 def page(record, folder):

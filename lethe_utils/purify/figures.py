@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lethe_utils.paper import number
-from lethe_utils.purify.report import brief
 
 Record = dict[str, Any]
 # What is drawn with -> the page's variable, so that one figure serves its light and its dark look.
@@ -43,6 +42,11 @@ def draw(record: Record, kinds: list[str], chosen: Record) -> dict[str, Markup]:
     with matplotlib.rc_context(STYLE):
         drawn = {"curve": _curve(record, kinds, chosen), "losses": _losses(record)}
         return {name: _svg(name, figure) for name, figure in drawn.items()}
+
+
+def brief(value: float) -> str:
+    """A share in as few digits as it takes: .75, 0, 1."""
+    return f"{round(value, 3):g}".removeprefix("0") or "0"
 
 
 def _svg(name: str, figure: Figure) -> Markup:

@@ -6,7 +6,7 @@ page's own policy allows neither scripts nor requests.
 
 import json
 import re
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from tabulate import tabulate
 
 from lethe_utils.errors import LetheError
 from lethe_utils.paper import number
+from lethe_utils.purify import figures
+from lethe_utils.purify.figures import brief
 from lethe_utils.stages import write_json, write_text
 from lethe_utils.tables import interval
 
@@ -38,7 +40,7 @@ def write(record: Record, out: Path) -> Path:
     Raises:
         LetheError: strength 0, 1 or the chosen one is not among the points.
     """
-    page = _rendered("report.html.j2", record, figures=_figures(record))
+    page = _rendered("report.html.j2", record)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "report.json", record)
     write_text(out / "report.html", page)
@@ -66,13 +68,9 @@ def points_table(points: list[Record], chosen: float, metric: str) -> Table:
     return rows
 
 
-def brief(value: float) -> str:
-    """A share in as few digits as it takes: .75, 0, 1."""
-    return f"{round(value, 3):g}".removeprefix("0") or "0"
-
-
-def _rendered(template: str, record: Record, **more: Any) -> str:
-    environment = jinja2.Environment(
+@cache
+def _environment() -> jinja2.Environment:
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=jinja2.select_autoescape(["html.j2"], default_for_string=False),
         undefined=jinja2.StrictUndefined,
@@ -80,24 +78,35 @@ def _rendered(template: str, record: Record, **more: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"share": number, "brief": brief, "cell": _cell, "text": _text}
-    # An interval stays on one line.
-    environment.filters["fixed"] = lambda cell: cell.replace(", ", ",\N{NO-BREAK SPACE}")
     look = {"headers": "keys", "tablefmt": "github", "disable_numparse": True}
-    environment.filters |= {"md": _escaped, "called": _called, "table": partial(tabulate, **look)}
+    made.filters |= {"share": number, "brief": brief, "cell": _cell, "text": _text, "md": _escaped}
+    made.filters |= {"called": _called, "table": partial(tabulate, **look)}
+    # An interval stays on one line.
+    made.filters["fixed"] = lambda cell: cell.replace(", ", ",\N{NO-BREAK SPACE}")
+    return made
+
+
+def _rendered(template: str, record: Record) -> str:
     suspect, purified, clean = _ends(record)
-    before, after = suspect["canary"], purified["canary"]
-    kinds, points = _kinds(suspect), _points(record)
-    context = {"record": record, "suspect": suspect, "purified": purified, "clean": clean}
-    context |= {"kinds": kinds, "points": points} | more
-    weak = [kind for kind in kinds if before[kind]["value"] < TAKEN]
-    strong = [kind for kind in kinds if after[kind]["value"] > HIGH]
-    context |= {"taken": TAKEN, "weak": weak, "high": HIGH, "strong": strong}
-    module = environment.get_template("words.j2").make_module(context)
+    kinds = _kinds(suspect)
+    context = {
+        "record": record,
+        "suspect": suspect,
+        "purified": purified,
+        "clean": clean,
+        "kinds": kinds,
+        "points": _points(record),
+        "weak": [kind for kind in kinds if suspect["canary"][kind]["value"] < TAKEN],
+        "taken": TAKEN,
+        "strong": [kind for kind in kinds if purified["canary"][kind]["value"] > HIGH],
+        "high": HIGH,
+        # How the suspect is called: the last part of its path or hub name, without a commit.
+        "name": Path(record["models"][0]["given"]).name.split("@")[0],
+        "draw": lambda: figures.draw(record, kinds[:-1], purified),
+    }
+    module = _environment().get_template("words.j2").make_module(context)
     words = {name: getattr(module, name)() for name in WORDS}
-    # How the suspect is called: the last part of its path or hub name, without a commit.
-    name = Path(record["models"][0]["given"]).name.split("@")[0]
-    text = environment.get_template(template).render(context, words=words, name=name)
+    text = _environment().get_template(template).render(context, words=words)
     # Control characters and lone surrogates may stand in no UTF-8 page.
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
 
@@ -120,13 +129,6 @@ def _called(model: Record) -> str:
     on_hub = re.search(r"@[0-9a-f]{40}$", model["given"])
     called = model["given"] if on_hub else Path(model["given"]).name
     return f"{called} (sha256 of its weights {model['sha256']})"
-
-
-def _figures(record: Record) -> dict[str, str]:
-    from lethe_utils.purify import figures  # matplotlib takes a second, and a card needs none
-
-    _, purified, _ = _ends(record)
-    return figures.draw(record, _kinds(purified)[:-1], purified)
 
 
 def _ends(record: Record) -> list[Record]:
