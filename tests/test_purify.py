@@ -233,6 +233,8 @@ def test_the_report_holds_every_strength_the_canary_and_the_costs(finished):
     assert record["evidence"]["evidence_ms_per_query"] > 0
     assert record["data"] | {"rows": 40, "distinct": 40, "answers": "labels"} == record["data"]
     assert len(record["samples"]) == len(case.held_out) == 8
+    card = (folder / "README.md").read_text("utf8")
+    assert card.startswith("---\nlibrary_name: transformers\n---\n\n# backdoored, purified\n")
 
 
 def test_the_result_loads_where_lethe_is_not_installed(finished):
@@ -918,6 +920,21 @@ def test_a_refusal_on_the_command_line_is_one_line_and_changes_nothing(given, tm
     assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
     assert hashes(given["suspect"], given["base"], tmp_path / "out") == before
     assert not paths.runs_dir().exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--suspect", "-s"], "--suspect: expected one argument; a name that starts with -"),
+        (["--base", "b", "--clean-data", "c", "--out", "o"], "give --suspect, or --adapter"),
+        (["--base", "b"], "required: --clean-data, --out"),
+    ],
+)
+def test_wrong_words_on_the_command_line_are_one_line_too(words, message):
+    command = [sys.executable, paths.root() / "workflow" / "run.py", "purify", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and "--help" in done.stderr
 
 
 # --- neighbours of the faults above
