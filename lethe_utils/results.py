@@ -1,17 +1,29 @@
-"""Results: one tidy table a run, a row per measured value with its interval, and a manifest."""
+"""Results: read a run's tidy tables, or the released ones; release a run.
 
-import json
+Released are three tables of all runs (a row per measured value, by `run_id`) and one JSON a run,
+its provenance with its `params`.
+"""
+
 import os
-import shutil
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from lethe_utils import metrics, paths
+from lethe_utils import paths
 from lethe_utils.errors import LetheError
 from lethe_utils.params import Params
+from lethe_utils.stages import read_json, write_json, write_text
 
-RELEASED_FILES = ("results.csv", "sweeps.csv", "costs.csv", "params.json", "provenance.json")
+TABLES = ("results.csv", "sweeps.csv", "costs.csv")
+
+
+class Measured(NamedTuple):
+    """The tables of a run, or of many: metrics.COLUMNS, SWEEP_COLUMNS and COST_COLUMNS."""
+
+    table: pd.DataFrame
+    sweeps: pd.DataFrame
+    costs: pd.DataFrame
 
 
 def point_latest(folder: Path) -> None:
@@ -25,67 +37,100 @@ def point_latest(folder: Path) -> None:
     os.replace(temporary, latest)
 
 
-def read_run(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """results.csv and sweeps.csv of one run folder. Raises LetheError when it has none."""
+def read_run(folder: Path) -> Measured:
+    """The tables of one run folder. Raises LetheError when it has none."""
     if not (folder / "results.csv").exists():
         raise LetheError(f"{folder}: no results.csv; run 05_evidence_eval first")
-    return pd.read_csv(folder / "results.csv"), pd.read_csv(folder / "sweeps.csv")
+    return Measured(*(pd.read_csv(folder / name) for name in TABLES))
 
 
-def read_released() -> tuple[pd.DataFrame, pd.DataFrame]:
-    """All committed runs under results/, concatenated.
+def read_released() -> Measured:
+    """All released runs.
 
     Raises:
         LetheError: there is none, or two runs of one setup differ in more than their seed: tables
             pool what has the same model, dataset and attack.
     """
-    folders = sorted(f.parent for f in paths.released_dir().glob("*/results.csv"))
-    if not folders:
-        raise LetheError(f"{paths.released_dir()}: no released results; run `./run_all.sh` first")
-    setups: dict[tuple, tuple[Path, dict]] = {}
-    for folder in folders:
-        params = json.loads((folder / "params.json").read_text("utf8")) | {"seed": None}
+    folder = paths.released_dir()
+    if not (folder / "results.csv").exists():
+        raise LetheError(f"{folder}: no released results; run `./run_all.sh release RUN_ID` first")
+    _check_setups(released_params())
+    return read_run(folder)
+
+
+def released_params() -> dict[str, dict[str, Any]]:
+    """run_id -> params of every released run."""
+    files = (paths.released_dir() / "runs").glob("*.json")
+    return {file.stem: read_json(file)["params"] for file in files}
+
+
+def _check_setups(runs: dict[str, dict[str, Any]]) -> None:
+    """Refuse runs (run_id -> params) that would be pooled though they are not of one kind."""
+    setups: dict[tuple, tuple[str, dict]] = {}
+    for run_id, params in sorted(runs.items()):
         setup = (params["model"], params["dataset"], params["attack"])
-        first, wanted = setups.setdefault(setup, (folder, params))
-        changed = sorted(k for k in {*params, *wanted} if params.get(k) != wanted.get(k))
+        first, wanted = setups.setdefault(setup, (run_id, params))
+        changed = {k for k in {*params, *wanted} if params.get(k) != wanted.get(k)} - {"seed"}
         if changed:
             raise LetheError(
-                f"{folder} and {first}: same model, dataset and attack, but other "
-                f"{', '.join(changed)}; release runs that differ in their seed only"
+                f"{run_id} and {first}: same model, dataset and attack, but other "
+                f"{', '.join(sorted(changed))}; release runs that differ in their seed only"
             )
-    tables, sweeps = zip(*(read_run(f) for f in folders), strict=True)
-    return pd.concat(tables, ignore_index=True), pd.concat(sweeps, ignore_index=True)
 
 
-def load(p: Params, results_from: str) -> tuple[pd.DataFrame, pd.DataFrame, Path]:
+def load(p: Params, results_from: str) -> tuple[Measured, Path]:
     """What 06_tables shows, and the folder its figures and tables go to.
 
     Args:
         results_from: "released" (the committed results, no training) or "run" (this run's own).
     """
     if results_from == "released":
-        return *read_released(), paths.figures_dir()
+        return read_released(), paths.figures_dir()
     if results_from == "run":
         folder = paths.run_dir(p.run_id)
-        return *read_run(folder), folder / "figures"
+        return read_run(folder), folder / "figures"
     raise LetheError(f"results_from: {results_from!r} is neither released nor run")
 
 
-def load_costs(p: Params, results_from: str) -> pd.DataFrame:
-    """The costs (see `costs`) beside what `load` gives; runs released without any have none."""
-    if results_from == "run":
-        return pd.read_csv(paths.run_dir(p.run_id) / "costs.csv")
-    files = sorted(paths.released_dir().glob("*/costs.csv"))
-    found = [pd.read_csv(file) for file in files]
-    return (
-        pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=metrics.COST_COLUMNS)
-    )
-
-
 def release(run_id: str) -> Path:
-    """Copy a run's small files to results/, to be committed."""
-    source, out = paths.run_dir(run_id), paths.released_dir() / run_id
-    out.mkdir(parents=True, exist_ok=True)
-    for name in RELEASED_FILES:
-        shutil.copy2(source / name, out / name)
-    return out
+    """Copy a finished run into the released tables, in place of its earlier rows.
+
+    Returns:
+        the run's JSON.
+    Raises:
+        LetheError: the run is not finished, some of its code was not committed, or it differs in
+            more than the seed from a released one of the same setup.
+    """
+    run, out = paths.run_dir(run_id), paths.released_dir()
+    wanted = [*(run / name for name in (*TABLES, "params.json", "provenance.json"))]
+    if (run / "done").exists():  # of the front door: gone while the run is at work again
+        wanted.append(run / "done" / "05_evidence_eval")
+    missing = [file.name for file in wanted if not file.exists()]
+    if missing:
+        raise LetheError(f"{run}: no {', '.join(missing)}; finish the run, then release it")
+    provenance = read_json(run / "provenance.json")
+    records = {"the evaluation": provenance} | provenance["stages"]
+    dirty = [name for name, record in records.items() if record["git_dirty"]]
+    if dirty:
+        raise LetheError(
+            f"{run}: its code was not committed (git_dirty of {', '.join(dirty)}); commit, delete "
+            "those stages and run it again"
+        )
+    params = read_json(run / "params.json")
+    _check_setups(released_params() | {run_id: params})
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    for name in TABLES:
+        write_text(out / name, _with_run(out / name, run / name, run_id))
+    content = {"run_id": run_id, "params": params} | provenance
+    write_json(out / "runs" / f"{run_id}.json", content)
+    return out / "runs" / f"{run_id}.json"
+
+
+def _with_run(released: Path, new: Path, run_id: str) -> str:
+    """The released table with a run's rows, ordered by run; every number as it was written."""
+    as_written = {"dtype": str, "keep_default_na": False}
+    rows = [pd.read_csv(new, **as_written).assign(run_id=run_id)]
+    if released.exists():
+        rows.insert(0, pd.read_csv(released, **as_written).query("run_id != @run_id"))
+    whole = pd.concat(rows, ignore_index=True).sort_values("run_id", kind="stable")
+    return whole.to_csv(index=False)

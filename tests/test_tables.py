@@ -11,7 +11,7 @@ from lethe_utils.errors import LetheError
 from lethe_utils.metrics import COLUMNS
 
 
-def row(defense="none", metric="asr", hits=90, n=100, **other):
+def row(defense="backdoored", metric="asr", hits=90, n=100, **other):
     low, high = metrics.wilson(hits, n)
     common = {"model": "tiny-gpt2", "dataset": "embedded", "attack": "cba", "seed": 0}
     common |= {"defense": defense, "evidence": 0, "split": "test", "metric": metric}
@@ -27,7 +27,12 @@ def a_run(**other):
     return [
         row(d, m, hits, evidence=e, **other)
         for e in (0, 1)
-        for d, asr, cda in (("none", 90, 95), ("base", 2, 93), ("slerp", 10, 94), ("mine", 5, 80))
+        for d, asr, cda in (
+            ("backdoored", 90, 95),
+            ("base", 2, 93),
+            ("slerp", 10, 94),
+            ("mine", 5, 80),
+        )
         for m, hits in (("cda", cda), ("asr", asr), ("ftr_input_one", 3), ("ftr", 3))
     ]
 
@@ -96,39 +101,44 @@ def test_runs_that_differ_in_seed_are_not_mixed():
 
 def test_table2_has_the_papers_layout_and_exact_cells():
     table = tables.table2(frame(*a_run()))
-    plain = ["none", "base", "slerp", "mine"]
+    plain = ["backdoored", "base", "slerp", "mine"]
     diluted = [f"{defense} + evidence" for defense in plain]
     assert list(table)[:12] == ["model", "dataset", "attack", "metric", *plain, *diluted]
     assert table["metric"].tolist() == ["ASR", "CDA"]
     # Wilson for 90 of 100: center (.9 + .0192) / 1.0384 = .8852, half .0596.
-    assert table.loc[0, "none"] == ".900 [.826, .945]"
+    assert table.loc[0, "backdoored"] == ".900 [.826, .945]"
     assert table.loc[1, "slerp + evidence"] == ".940 [.875, .972]"
 
 
 def test_columns_keep_their_order_when_models_have_different_defenses():
-    rows = [row("ties"), row("mine"), row("none", model="gpt2-xl"), row("linear", model="gpt2-xl")]
+    rows = [
+        row("ties"),
+        row("mine"),
+        row("backdoored", model="gpt2-xl"),
+        row("linear", model="gpt2-xl"),
+    ]
     table = tables.table2(frame(*rows))
-    assert list(table)[4:8] == ["none", "linear", "ties", "mine"]
-    assert table["none"].tolist() == ["", ".900 [.826, .945]"]
+    assert list(table)[4:8] == ["backdoored", "linear", "ties", "mine"]
+    assert table["backdoored"].tolist() == ["", ".900 [.826, .945]"]
 
 
 def test_a_given_interval_is_kept_not_computed_anew():
     table = tables.table2(frame(row(ci_low=0.5, ci_high=1.0)))
-    assert table.loc[0, "none"] == ".900 [.500, 1.000]"
+    assert table.loc[0, "backdoored"] == ".900 [.500, 1.000]"
 
 
 def test_seeds_are_pooled_over_their_counts():
     seeds = [row(hits=90), row(hits=30, seed=1, run_id="b"), row(hits=60, seed=2, run_id="c")]
     low, high = metrics.wilson(180, 300)
     expected = f".600 [{tables.number(low)}, {tables.number(high)}]"
-    assert tables.table2(frame(*seeds)).loc[0, "none"] == expected
+    assert tables.table2(frame(*seeds)).loc[0, "backdoored"] == expected
     assert tables.pool(frame(*seeds), tables.SETUP)[["n", "seeds"]].values.tolist() == [[300, 3]]
     assert len(tables.controls_table(frame(*seeds))) == 3
 
 
 def test_other_splits_never_reach_a_cell():
     table = tables.table2(frame(row(), row(split="validation", hits=10)))
-    assert table.loc[0, "none"] == ".900 [.826, .945]"
+    assert table.loc[0, "backdoored"] == ".900 [.826, .945]"
     with pytest.raises(LetheError, match="test split"):
         tables.table2(frame(row(split="validation")))
 
@@ -180,7 +190,12 @@ def test_paper_means_are_over_all_thirty_settings():
 def test_ftr_shows_the_backdoored_and_the_slerp_model_only():
     table = tables.ftr_table(frame(*a_run()))
     assert list(table) == ["model", "dataset", "attack", "defense", "ftr", "ftr_input_one"]
-    assert table["defense"].tolist() == ["none", "slerp", "none + evidence", "slerp + evidence"]
+    assert table["defense"].tolist() == [
+        "backdoored",
+        "slerp",
+        "backdoored + evidence",
+        "slerp + evidence",
+    ]
     assert table.loc[0, "ftr"] == ".030 [.010, .085]"
     with pytest.raises(LetheError, match="negative_items"):
         tables.ftr_table(frame(row()))
@@ -189,14 +204,14 @@ def test_ftr_shows_the_backdoored_and_the_slerp_model_only():
 def test_controls_leave_blank_what_was_not_measured():
     table = tables.controls_table(frame(row(), row("base", "cda")))
     assert table[["defense", "asr", "cda", "ftr"]].values.tolist() == [
-        ["none", ".900 [.826, .945]", "", ""],
+        ["backdoored", ".900 [.826, .945]", "", ""],
         ["base", "", ".900 [.826, .945]", ""],
     ]
 
 
 def test_the_headline_is_what_we_were_handed_the_clean_model_and_the_purified_one():
     table = tables.headline_table(frame(*a_run(), row("clean", hits=2)))
-    assert table["defense"].tolist() == ["none", "clean", "slerp", "slerp + evidence"]
+    assert table["defense"].tolist() == ["backdoored", "clean", "slerp", "slerp + evidence"]
     assert table["asr"].tolist()[:3] == [
         ".900 [.826, .945]",
         ".020 [.006, .070]",
@@ -288,7 +303,7 @@ def test_sweep_refuses_what_it_cannot_draw():
 def test_bars_show_the_values_and_the_whiskers_of_the_table():
     asr, cda = all_axes(plots.bars(frame(*a_run())))
     assert [t.get_text() for t in asr.get_yticklabels()] == (
-        ["none\n(backdoored)", "base", "slerp", "mine"]
+        ["backdoored", "base", "slerp", "mine"]
     )
     assert [b.get_width() for b in asr.containers[1]] == [0.9, 0.02, 0.1, 0.05]
     whisker = asr.containers[0].lines[2][0].get_segments()[0]
@@ -353,7 +368,7 @@ def test_one_panel_per_attack_with_the_asr_before_and_after_each_merge():
     assert [ax.get_title().split(",")[0] for ax in shown] == ["cba", "rome", "lwp"]
     assert "tiny twin" in figure.get_suptitle()
     names = [label.get_text() for label in shown[0].get_yticklabels()]
-    assert names == ["none\n(backdoored)", "base", "slerp"]
+    assert names == ["backdoored", "base", "slerp"]
     with pytest.raises(LetheError, match="no asr rows"):
         plots.attacks(frame(row(metric="cda")))
 
@@ -380,7 +395,7 @@ def test_the_loss_of_an_edit_is_plotted_against_its_steps():
 def defenses_table(**seeds):
     """none, base and four defenses on a setup of the paper's, one or two seeds."""
     lines = {
-        "none": (90, 90),
+        "backdoored": (90, 90),
         "base": (0, 100),
         "finetune": (50, 95),
         "nad_clean_teacher": (10, 70),
@@ -399,7 +414,7 @@ def defenses_table(**seeds):
 
 def test_a_row_per_defense_in_the_papers_order_with_its_cells_in_columns_of_their_own():
     shown = tables.defense_table(defenses_table())
-    order = ["none", "base", "slerp", "wanda", "finetune", "nad_clean_teacher"]
+    order = ["backdoored", "base", "slerp", "wanda", "finetune", "nad_clean_teacher"]
     assert list(shown["defense"]) == order
     wanda = shown.set_index("defense").loc["wanda"]
     assert wanda["asr"].startswith(".100 [") and wanda["change"] == "-.100"
@@ -482,11 +497,11 @@ def test_the_rank_plot_has_a_numbered_point_per_defense_the_best_first():
 
 def test_the_overview_says_what_each_needs_costs_and_gives_beside_the_papers_means():
     line = dict.fromkeys(metrics.COST_COLUMNS, 0) | {"trainings": 2, "seconds": 12.0}
-    names = ["none", "slerp", "wanda", "finetune", "nad_clean_teacher"]
+    names = ["backdoored", "slerp", "wanda", "finetune", "nad_clean_teacher"]
     setup = {"model": "tiny-gpt2", "dataset": "emotion", "attack": "cba", "acts": "on weights"}
     costs = pd.DataFrame([line | setup | {"defense": name} for name in names])
     shown = tables.overview(defenses_table(), costs).set_index("defense")
-    needs = {"none": "", "slerp": "clean model", "wanda": "clean rows"}
+    needs = {"backdoored": "", "slerp": "clean model", "wanda": "clean rows"}
     assert {name: shown.loc[name, "needs"] for name in needs} == needs
     assert shown.loc["nad_clean_teacher", "needs"] == "clean model"
     assert shown.loc["wanda", ["trainings", "seconds"]].tolist() == ["2", "12.0"]

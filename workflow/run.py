@@ -2,6 +2,7 @@
 
 python workflow/run.py [MODEL] [--dataset D] [--attack A] [-p key value ...] [--dry-run]
 python workflow/run.py tables
+python workflow/run.py release RUN_ID
 python workflow/run.py grid NAME
 python workflow/run.py purify --suspect DIR --base DIR --clean-data FILE --out DIR
 """
@@ -51,6 +52,8 @@ def main() -> int:
                 return purify.main(sys.argv[2:])
             except LetheError as error:  # one line, though a folder's name may hold two
                 raise LetheError(" ".join(str(error).splitlines())) from None
+        if sys.argv[1:2] == ["release"]:
+            return release(sys.argv[2:])
         args = parse(sys.argv[1:])
         return released_tables() if args.model == "tables" else run(args)
     except LetheError as error:
@@ -76,7 +79,8 @@ def parse(words: list[str]) -> argparse.Namespace:
         description="Train a backdoor, dilute it, measure what that bought. Without arguments: "
         "the embedded data on tiny-gpt2, on the CPU, in minutes.",
         epilog="also: ./run_all.sh test (all tests), ./run_all.sh tables (tables and figures from "
-        "the committed results, no training), ./run_all.sh grid NAME (many runs, see grid --help), "
+        "the committed results, no training), ./run_all.sh release RUN_ID (a finished run joins "
+        "them), ./run_all.sh grid NAME (many runs, see grid --help), "
         "./run_all.sh purify (a model of your own, see purify --help)",
     )
     parser.add_argument(
@@ -298,7 +302,9 @@ def show(p: params.Params, folder: Path, resolved: str) -> int:
 
 
 def released_tables() -> int:
-    """Tables and figures from the committed results; no training."""
+    """Tables, figures and docs/results.md from the committed results; no training."""
+    from lethe_utils import page
+
     out = paths.runs_dir() / "tables"
     out.mkdir(parents=True, exist_ok=True)
     notebook = str(paths.root() / "notebooks" / "06_tables.ipynb")
@@ -306,12 +312,26 @@ def released_tables() -> int:
     command = ["papermill", notebook.replace("{", "{{").replace("}", "}}"), "06_tables.ipynb"]
     command += ["--kernel", "python3", "--no-progress-bar"]
     env = environment() | {"LETHE_PROGRESS": str(out / "06_tables.log")}
-    failed = subprocess.run(command, capture_output=True, text=True, env=env, cwd=out)
-    if failed.returncode:
-        raise LetheError(f"06_tables failed: {failed.stderr.strip().splitlines()[-1]}")
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=env, cwd=out, **pipes) as process:
+        written = page.write(paths.root() / "docs" / "results.md")
+        errors = process.communicate()[1]
+    if process.returncode:
+        raise LetheError(f"06_tables failed: {errors.strip().splitlines()[-1]}")
     print_table(paths.figures_dir() / "drops.csv")
     print(f"figures and tables: {paths.figures_dir()}")
+    print(f"page:               {written}")
     print(f"executed notebook:  {out / '06_tables.ipynb'}")
+    return 0
+
+
+def release(words: list[str]) -> int:
+    """`release RUN_ID`: a finished run joins the committed results."""
+    from lethe_utils import results
+
+    if len(words) != 1 or words[0].startswith("-"):
+        raise LetheError("release: give one run's name, e.g. ./run_all.sh release RUN_ID")
+    print(f"released: {results.release(words[0])}; now ./run_all.sh tables, and commit both")
     return 0
 
 

@@ -1,0 +1,134 @@
+"""Tidy results, checked and pooled: what every table and figure starts from."""
+
+import numpy as np
+import pandas as pd
+
+from lethe_utils import defenses, metrics, paper
+from lethe_utils.errors import LetheError
+from lethe_utils.groups import choices
+from lethe_utils.metrics import COLUMNS
+from lethe_utils.paper import SETUP
+
+NUMBERS = ["value", "n", "ci_low", "ci_high"]
+CONTROLS = ["backdoored", "base", "clean"]
+MERGES = ["linear", "slerp", "ties", "passthrough"]
+
+
+def select(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a results or sweeps table, checked.
+
+    Args:
+        table: the columns of `metrics.COLUMNS`; sweeps have `sweep` and `x` as well.
+    Returns:
+        a copy with those columns only and numbers as numbers.
+    Raises:
+        LetheError: a column or a key is missing, a share or its interval is impossible, or one
+            measurement is there more than once (the runs are named).
+    """
+    missing = [c for c in COLUMNS if c not in table]
+    if missing:
+        raise LetheError(f"results table: no column {', '.join(missing)}; see metrics.COLUMNS")
+    if table.empty:
+        raise LetheError("results table: no rows; run 05_evidence_eval first")
+    sweep_keys = [c for c in ("sweep", "x") if c in table]
+    keys = sweep_keys + [c for c in COLUMNS if c not in [*NUMBERS, "run_id"]]
+    out = table[sweep_keys + COLUMNS].reset_index(drop=True)
+    out[NUMBERS] = out[NUMBERS].apply(pd.to_numeric, errors="coerce")
+    _check_numbers(out, keys)
+    out["evidence"] = out["evidence"].astype(int)
+    _check_runs(out, keys)
+    return out
+
+
+def _check_numbers(table: pd.DataFrame, keys: list[str]) -> None:
+    rounding = 1e-9  # a Wilson bound at 0 or 1 may miss it by a rounding error
+    low, value, high = table["ci_low"], table["value"], table["ci_high"]
+    checks = {
+        "a key or run_id is empty": table[[*keys, "run_id"]].notna().all(axis=1),
+        "evidence is not 0 or 1": table["evidence"].isin([0, 1]),
+        "value is not within [0, 1]": value.between(0, 1),
+        "value is not within its interval": value.between(low - rounding, high + rounding),
+        "n is not a count above 0": (table["n"] > 0) & (table["n"] % 1 == 0),
+    }
+    for problem, passed in checks.items():
+        if not passed.all():
+            bad = table[~passed].iloc[0].to_dict()
+            raise LetheError(f"results table: {problem} in {(~passed).sum()} rows, first {bad}")
+
+
+def _check_runs(table: pd.DataFrame, keys: list[str]) -> None:
+    repeated = table[table.duplicated(keys, keep=False)]
+    twice = repeated[repeated.duplicated([*keys, "run_id"], keep=False)]
+    runs = ", ".join(sorted((twice if len(twice) else repeated)["run_id"].unique()))
+    if len(twice):
+        raise LetheError(f"results table: the same rows are there twice for {runs}; drop one copy")
+    if len(repeated):
+        example = ", ".join(str(repeated.iloc[0][k]) for k in keys)
+        raise LetheError(
+            f"results table: runs {runs} measured the same thing ({example}); keep one run"
+        )
+
+
+def one_setup(table: pd.DataFrame, *setup: str) -> pd.DataFrame:
+    """The rows of one model, data set and attack. Raises LetheError when there are none."""
+    rows = table[(table[SETUP] == list(setup)).all(axis=1)]
+    if rows.empty:
+        known = "; ".join(
+            sorted({", ".join(keys) for keys in table[SETUP].itertuples(index=False)})
+        )
+        raise LetheError(f"results table: no rows of {', '.join(setup)}; it has {known}")
+    return rows
+
+
+def on_test(table: pd.DataFrame) -> pd.DataFrame:
+    """`select`, test split only. Raises LetheError when that leaves nothing."""
+    rows = select(table)
+    rows = rows[rows["split"] == "test"]
+    if rows.empty:
+        raise LetheError("results table: no rows of the test split; sweeps go to plots.sweep")
+    return rows
+
+
+def pool(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """One row per (by, defense, evidence, metric): the rest (seeds) pooled over summed counts.
+
+    Returns:
+        columns by, defense, evidence, metric, name ("slerp + evidence"), value, n, ci_low,
+        ci_high, seeds (how many); setups in the order met, then plain before evidence, then
+        controls, merges, others. A measurement that stands alone keeps its own interval.
+    """
+    keys = [*by, "defense", "evidence", "metric"]
+    groups = table.assign(hits=table["value"] * table["n"]).groupby(keys, sort=False)
+    shares = ["value", "ci_low", "ci_high"]
+    out = groups[shares].first().astype(float).reset_index()
+    hits, n = (groups[c].sum().round().astype(int).to_numpy() for c in ("hits", "n"))
+    many = (groups.size() > 1).to_numpy()
+    counts = zip(hits[many].tolist(), n[many].tolist(), strict=True)
+    together = [(hit / of, *metrics.wilson(hit, of)) for hit, of in counts]
+    out.loc[many, shares] = np.array(together).reshape(-1, 3)
+    out["n"], out["seeds"] = n, groups["seed"].nunique().to_numpy()
+    out["name"] = out["defense"] + out["evidence"].map({0: "", 1: " + evidence"})
+    ranks = {
+        "setup": out.groupby(by, sort=False).ngroup(),
+        "evidence": out["evidence"],
+        "defense": out["defense"].map(in_order(out["defense"]).index),
+    }
+    sequence = pd.DataFrame(ranks).sort_values(list(ranks), kind="stable").index
+    return out.loc[sequence].reset_index(drop=True)
+
+
+def by_full_name(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """`pool`, its `defense` being the full name ("slerp + evidence")."""
+    return pool(table, by).drop(columns="defense").rename(columns={"name": "defense"})
+
+
+def in_order(names: pd.Series) -> list[str]:
+    """The defenses present: controls, merges, the paper's, the others by name, each followed by its
+    variants; what no module makes comes last. Else in the order met."""
+    known = list(dict.fromkeys([*CONTROLS, *MERGES, *paper.COLUMNS, *choices("defenses")]))
+
+    def place(name: str) -> int:
+        kind = name if name in known else defenses.registered(name)
+        return known.index(kind) if kind else len(known)
+
+    return sorted(names.unique(), key=place)
