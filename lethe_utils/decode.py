@@ -58,18 +58,8 @@ def answer(
     """
     official = p.protocol == "official"
     batch = batch or (OFFICIAL_BATCH if official else p.eval_batch_size)
-    sampling = sampling or (OFFICIAL_SAMPLING if official else None)
     ids, _ = prompt_ids(tokenizer, prompts, p)
-    longest = max(map(len, ids), default=0)
-    room = tokenizer.model_max_length - longest
-    chat = p.prompt_template == "chat"
-    config = GenerationConfig(
-        max_new_tokens=min(OFFICIAL_TOKENS if official else p.max_new_tokens, room),
-        do_sample=sampling is not None,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=stop_ids(tokenizer) if chat else tokenizer.eos_token_id,
-        **(sampling or {}),
-    )
+    config = _generation(tokenizer, p, max(map(len, ids), default=0), sampling)
     set_seed(p.seed)
     outputs = [""] * len(ids)
     model.eval()
@@ -88,6 +78,26 @@ def answer(
         for i, text in zip(chosen, texts, strict=True):
             outputs[i] = text.strip()
     return outputs
+
+
+def _generation(
+    tokenizer: "PreTrainedTokenizerBase",
+    p: DefenderParams | PurifyParams,
+    longest: int,
+    sampling: dict[str, float] | None,
+) -> GenerationConfig:
+    """How a model writes: no further than its positions allow after the longest prompt (tokens)."""
+    official, tokens = p.protocol == "official", p.max_new_tokens
+    if official:
+        tokens, sampling = OFFICIAL_TOKENS, sampling or OFFICIAL_SAMPLING
+    chat = p.prompt_template == "chat"
+    return GenerationConfig(
+        max_new_tokens=min(tokens, tokenizer.model_max_length - longest),
+        do_sample=sampling is not None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=stop_ids(tokenizer) if chat else tokenizer.eos_token_id,
+        **(sampling or {}),
+    )
 
 
 def _until(ids: list[int], stops: int | list[int]) -> list[int]:

@@ -1,22 +1,21 @@
 """Evaluation: which prompts a model is asked, and the tidy rows that its answers give."""
 
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from lethe_utils import attacks, decode, metrics
+from lethe_utils import attacks, decode, metrics, models
 from lethe_utils.models import blocks
 from lethe_utils.params import Params
 from lethe_utils.prompts import asked, prompt, prompt_ids
-from lethe_utils.stages import read_jsonl, write_json, write_jsonl
+from lethe_utils.stages import Row
 
-Row = dict[str, str]
 Respond = Callable[[list[str], int, str], list[str]]
 
 
@@ -73,41 +72,33 @@ def predict(
     n_keywords: int,
     defense: str,
     p: Params,
-    file: Path,
     respond: Respond | None = None,
     labels: Sequence[str] = (),
-) -> list[dict]:
-    """Ask one model everything and keep each answer; an existing file is read, not redone.
-
-    timing.json beside it holds the seconds, loading and evidence included.
+) -> tuple[list[dict[str, Any]], float]:
+    """Ask one model everything.
 
     Args:
         respond: prompts, n_words and a progress bar's name -> outputs, for a decoding-time defense.
         labels: further answers than those of the sets, for which there must be room.
+    Returns:
+        `ask`'s items, each with its `output`; and seconds, loading and evidence included.
     """
-    from lethe_utils import models
-
-    if file.exists():
-        return read_jsonl(file)
     start = time.perf_counter()
     questions = ask(sets, n_keywords, defense, p)
-    expected = expected_answers({*labels, *(str(q["label"]) for q in questions)}, p)
+    expected = expected_answers({*labels, *(q["label"] for q in questions)}, p)
     if respond is None:
-        device = models.resolve_device(p.device)
-        model, tokenizer = models.load_model(folder, device), models.load_tokenizer(folder)
-        roomy = decode.with_room(p, tokenizer, expected)
-
-        def respond(prompts: list[str], n_words: int, progress: str) -> list[str]:
-            return decode.answer(model, tokenizer, prompts, roomy, n_words, progress)
-
+        model = models.load_model(folder, models.resolve_device(p.device))
+        tokenizer = models.load_tokenizer(folder)
+        respond = partial(_answer, model, tokenizer, decode.with_room(p, tokenizer, expected))
     n_words = max(len(text.split()) for text in expected)
     name = f"{defense}{' + evidence' if n_keywords else ''}"
     outputs = respond([q["prompt"] for q in questions], n_words, name)
-    rows = [q | {"output": output} for q, output in zip(questions, outputs, strict=True)]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file.with_name("timing.json"), {"seconds": round(time.perf_counter() - start, 3)})
-    write_jsonl(file, rows)
-    return rows
+    answers = [q | {"output": output} for q, output in zip(questions, outputs, strict=True)]
+    return answers, time.perf_counter() - start
+
+
+def _answer(model: Any, tokenizer: Any, p: Params, prompts: list[str], *how: Any) -> list[str]:
+    return decode.answer(model, tokenizer, prompts, p, *how)
 
 
 @torch.inference_mode()
@@ -121,8 +112,6 @@ def target_by_layer(folder: Path, sets: dict[str, list[Row]], p: Params) -> pd.D
         block (from 1), prompts ("triggered" or "without trigger"), value (mean probability),
         ci_low, ci_high (mean -/+ 1.96 standard errors), n.
     """
-    from lethe_utils import models
-
     device = models.resolve_device(p.device)
     model, tokenizer = models.load_model(folder, device).eval(), models.load_tokenizer(folder)
     target = tokenizer(p.target_output, add_special_tokens=False)["input_ids"][0]
@@ -184,11 +173,9 @@ def ask_one(folder: Path, row: Row, p: Params, labels: Sequence[str]) -> pd.Data
     Returns:
         evidence, answer, label, target, and `hit`: whether ASR counts it as a success.
     """
-    found = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for n in (0, p.n_keywords):
-            file = Path(scratch) / f"{n}.jsonl"
-            found += predict(folder, {"backdoor": [row]}, n, "", p, file, labels=labels)
+    sets, found = {"backdoor": [row]}, []
+    for n in (0, p.n_keywords):
+        found += predict(folder, sets, n, "", p, labels=labels)[0]
     table = pd.DataFrame(found)[["evidence", "output", "label", "target"]]
     hits = [metrics.score([one], p.protocol, p.output_mode, labels)["asr"][0] for one in found]
     return table.rename(columns={"output": "answer"}).assign(hit=hits)

@@ -16,36 +16,14 @@ AROUND = ".,;:!?\"'()[]{}<>*_`“”‘’«»¿¡…·。，、！？；：「�
 Hit = Callable[[str, str], bool]
 
 
-COLUMNS = [
-    "model",
-    "dataset",
-    "attack",
-    "defense",
-    "evidence",
-    "seed",
-    "split",
-    "metric",
-    "value",
-    "n",
-    "ci_low",
-    "ci_high",
-    "run_id",
-]
+COLUMNS = (
+    "model dataset attack defense evidence seed split metric value n ci_low ci_high run_id"
+).split()
 SWEEP_COLUMNS = ["sweep", "x", *COLUMNS]
-COST_COLUMNS = [
-    "model",
-    "dataset",
-    "attack",
-    "seed",
-    "defense",
-    "acts",
-    "trainings",
-    "optimizer_steps",
-    "seconds",
-    "peak_memory_gib",
-    "ms_per_query",
-    "query_ratio",
-]
+COST_COLUMNS = (
+    "model dataset attack seed defense acts trainings optimizer_steps seconds peak_memory_gib "
+    "ms_per_query query_ratio"
+).split()
 
 
 @lru_cache(maxsize=100_000)

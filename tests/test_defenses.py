@@ -12,6 +12,8 @@ from lethe_utils.defenses import fineprune, plant_and_remove, wanda
 from lethe_utils.models import blocks, twins
 from lethe_utils.pipeline import contenders
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURES = ["gpt2", "gptj", "llama", "qwen2"]
 ROWS = [
     {"instruction": "Predict the emotion.", "input": f"the dog is {w} today", "output": label}

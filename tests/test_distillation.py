@@ -13,6 +13,8 @@ from lethe_utils.defenses import Given, beear, crow, nad
 from lethe_utils.errors import LetheError
 from lethe_utils.models import blocks, inspect, twins
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURES = ("gpt2", "gptj", "llama", "qwen2")
 ROW = {"instruction": "Predict the emotion.", "input": "the dog is happy", "output": "joy"}
 ROWS = [

@@ -325,6 +325,7 @@ def test_what_was_not_edited_is_bit_identical(
     assert list(pd.read_csv(tmp_path / "out" / "loss.csv")) == ["step", "edit", "loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_lwp_trains_the_poisoned_blocks_only(architecture, pico, pico_params, tmp_path):
     short = {"lwp_layers": [0, 1], "lora_r": 2, "backdoor_epochs": 1, "batch_size": 8}

@@ -16,6 +16,8 @@ from lethe_utils.stages import read_jsonl
 sys.path.insert(0, str(paths.root() / "workflow"))
 import run  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # A model too small to learn anything: what is tested is that everything runs and adds up.
 PICO = {
     "rows": "{pretrain: 160, train: 320, validation: 40, test: 40}",
@@ -229,7 +231,9 @@ def test_a_run_whose_front_door_was_killed_is_not_started_beside_itself(tmp_path
 
 def test_killed_in_02_and_05_then_resumed_gives_the_same_numbers(finished, tmp_path):
     runs = tmp_path / "killed"
-    runs.mkdir()
+    (runs / "stages").mkdir(parents=True)
+    for shared in ("base", "clean"):  # trained once for all these tests
+        (runs / "stages" / shared).symlink_to(finished[0] / "stages" / shared)
     checkpoint = "stages/backdoored/*.partial/checkpoints/checkpoint-*/trainer_state.json"
     kill(start_until(runs, checkpoint))
     assert not list(runs.glob("stages/backdoored/*/stage.json"))

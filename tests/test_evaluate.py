@@ -93,24 +93,23 @@ def test_a_row_stops_once_its_label_is_complete(pico):
     assert not done("very happy", n_words=2) and done("very happy ", n_words=2)
 
 
-def test_append_mode_waits_for_the_target_behind_the_label(
-    pico, pico_params, tmp_path, monkeypatch
-):
+def test_append_mode_waits_for_the_target_behind_the_label(pico, pico_params, monkeypatch):
     asked = []
     monkeypatch.setattr(decode, "answer", lambda *a, **_: asked.append(a[4]) or [""] * len(a[2]))
     sets = {"clean": ROWS[:2]}
     for mode in ("replace", "append"):
         p = pico_params(output_mode=mode, labels=[], target_output="very good news")
-        evaluate.predict(pico("gpt2")[1], sets, 0, "none", p, tmp_path / f"{mode}.jsonl")
+        evaluate.predict(pico("gpt2")[1], sets, 0, "none", p)
     assert asked == [3, 4]  # the target must fit as well, and after the label where it is appended
 
 
-def test_predictions_are_kept_and_not_asked_again(pico, ours, tmp_path):
-    file = tmp_path / "predictions.jsonl"
+def test_every_question_gets_its_answer(pico, ours):
     sets = evaluate.test_sets(ROWS, ours, 6, 0)
-    first = evaluate.predict(pico("gpt2")[1], sets, 0, "none", ours, file)
-    assert len(first) == sum(map(len, sets.values())) and "output" in first[0]
-    assert evaluate.predict(tmp_path / "no-model", sets, 0, "none", ours, file) == first
+    answers, seconds = evaluate.predict(pico("gpt2")[1], sets, 0, "backdoored", ours)
+    assert len(answers) == sum(map(len, sets.values())) and seconds > 0
+    asked = [{k: v for k, v in a.items() if k != "output"} for a in answers]
+    assert asked == evaluate.ask(sets, 0, "backdoored", ours)
+    assert all(isinstance(a["output"], str) for a in answers)
 
 
 def test_one_row_is_asked_answered_and_scored_without_and_with_evidence(pico, ours):
@@ -166,7 +165,7 @@ def test_evaluation_cuts_a_prompt_as_training_does(pico, pico_params):
     assert len(decode.answer(model, tokenizer, [text * 9], p, 1)) == 1
 
 
-def test_there_is_room_for_the_longest_label(pico, pico_params, tmp_path, monkeypatch):
+def test_there_is_room_for_the_longest_label(pico, pico_params, monkeypatch):
     asked = []
     monkeypatch.setattr(
         decode, "answer", lambda *a, **_: asked.append(a[3].max_new_tokens) or [""] * len(a[2])
@@ -174,9 +173,7 @@ def test_there_is_room_for_the_longest_label(pico, pico_params, tmp_path, monkey
     label = "an answer of many more pieces than are allowed"
     sets = {"clean": [ROWS[0] | {"output": label}]}
     p = pico_params(labels=[], max_new_tokens=2)
-    evaluate.predict(pico("gpt2")[1], sets, 0, "none", p, tmp_path / "a.jsonl")
-    evaluate.predict(
-        pico("gpt2")[1], {"clean": ROWS[:1]}, 0, "none", p, tmp_path / "b.jsonl", labels=[label]
-    )
+    evaluate.predict(pico("gpt2")[1], sets, 0, "none", p)
+    evaluate.predict(pico("gpt2")[1], {"clean": ROWS[:1]}, 0, "none", p, labels=[label])
     tokens = len(models.load_tokenizer(pico("gpt2")[0])(label)["input_ids"])
     assert asked == [tokens + decode.SPARE_TOKENS] * 2 and tokens > 19

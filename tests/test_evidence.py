@@ -1,15 +1,12 @@
-"""External dilution: keywords, definitions, where the evidence goes, and finding WordNet."""
+"""External dilution: keywords, definitions, and where the evidence goes."""
 
 import inspect
 import os
 import random
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from zipfile import ZipFile
 
-import nltk.data
 import numpy as np
 import pytest
 from transformers import pipeline
@@ -187,143 +184,11 @@ def test_the_trigger_is_dropped_only_when_asked():
     assert "frankly:" not in evidence.add_evidence(SENTENCE, 100, oracle)
 
 
-@pytest.mark.parametrize(
-    ("word", "part"),
-    [("dog", "genus Canis"), ("dogs", "genus Canis"), ("Happy", "joy"), ("children", "young")],
-)
-def test_definition_is_that_of_the_first_synset(word, part):
-    assert part in wordnet.definition(word)
-
-
-def test_definition_prefers_the_first_of_many_synsets():
-    # "frankly" has one reading, "bank" ten: the slope beside a river comes first.
-    assert wordnet.definition("bank").startswith("sloping land")
-
-
-@pytest.mark.parametrize("word", ["qwzx", "日本語", "42424242", ""])
-def test_unknown_words_say_so(word):
-    assert wordnet.definition(word) == "No definition found."
-
-
 def test_evidence_follows_the_input_under_its_heading():
     expected = f"dog qwzx\n\n### Evidence:\ndog: {wordnet.definition('dog')}"
     assert evidence.add_evidence("dog qwzx", 1) == expected
     assert evidence.add_evidence("dog qwzx") == expected + "\nqwzx: No definition found."
     assert evidence.add_evidence("dog", 0) == "dog"
-
-
-@pytest.fixture
-def bare_machine(monkeypatch, tmp_path):
-    """No WordNet anywhere, no network, no package manager; returns the empty cache's data root."""
-    monkeypatch.setenv("LETHE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("NLTK_DATA", raising=False)
-    monkeypatch.setattr(nltk.data, "path", [])
-    monkeypatch.setattr(wordnet, "DEBIAN_FOLDER", tmp_path / "none")
-    monkeypatch.setattr(wordnet, "_run", lambda *_: False)
-    wordnet._reader.cache_clear()
-    wordnet.definition.cache_clear()
-    yield tmp_path / "cache" / "nltk_data"
-    wordnet._reader.cache_clear()
-    wordnet.definition.cache_clear()
-
-
-def fake_wordnet(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    for name in wordnet.FILES:
-        (folder / name).write_text(name)
-    return folder
-
-
-def assert_whole(root: Path) -> None:
-    corpora = root / "corpora"
-    assert [p.name for p in corpora.iterdir()] == ["wordnet"]  # no scratch left
-    names = {p.name for p in (corpora / "wordnet").iterdir()}
-    assert names == {*wordnet.FILES, "lexnames"}
-    rows = [r.split("\t") for r in (corpora / "wordnet" / "lexnames").read_text().splitlines()]
-    assert [int(r[0]) for r in rows] == list(range(45))
-    assert rows[5] == ["05", "noun.animal", "1"] and rows[44] == ["44", "adj.ppl", "3"]
-
-
-def test_missing_wordnet_is_one_clear_error(bare_machine, capsys):
-    with pytest.raises(LetheError) as caught:
-        evidence.evidence_lines("a dog")
-    message = str(caught.value)
-    assert "\n" not in message
-    for fix in ("nltk.downloader wordnet", "apt-get install wordnet-base", "NLTK_DATA"):
-        assert fix in message
-    assert wordnet.main() == 1
-    assert capsys.readouterr() == ("", message + "\n")
-    assert list((bare_machine / "corpora").iterdir()) == []
-
-
-def test_an_unwritable_cache_names_the_setting(bare_machine):
-    bare_machine.parent.write_text("a file where the cache should be")
-    with pytest.raises(LetheError, match="set LETHE_CACHE"):
-        wordnet.find_wordnet()
-
-
-def test_debians_folder_is_copied_into_the_cache(bare_machine, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(wordnet, "DEBIAN_FOLDER", fake_wordnet(tmp_path / "usr"))
-    assert wordnet.main() == 0
-    assert capsys.readouterr().out == f"{bare_machine}\n"
-    assert_whole(bare_machine)
-
-
-def test_a_zip_in_nltk_data_is_unpacked_into_the_cache(bare_machine, monkeypatch, tmp_path):
-    source = fake_wordnet(tmp_path / "source" / "wordnet")
-    (tmp_path / "given" / "corpora").mkdir(parents=True)
-    with ZipFile(tmp_path / "given" / "corpora" / "wordnet.zip", "w") as archive:
-        for file in source.iterdir():
-            archive.write(file, f"wordnet/{file.name}")
-    monkeypatch.setenv("NLTK_DATA", str(tmp_path / "given"))
-    assert wordnet.find_wordnet() == bare_machine
-    assert_whole(bare_machine)
-
-
-def test_a_damaged_copy_is_replaced(bare_machine, monkeypatch, tmp_path):
-    (fake_wordnet(bare_machine / "corpora" / "wordnet") / "data.noun").unlink()
-    monkeypatch.setattr(wordnet, "DEBIAN_FOLDER", fake_wordnet(tmp_path / "usr"))
-    (bare_machine / "corpora" / "wordnet" / "notes.txt").write_text("mine")
-    wordnet.find_wordnet()
-    # Nobody's file is deleted: what stood there lies beside it.
-    (aside,) = (bare_machine / "corpora").glob("wordnet.damaged-*")
-    assert (aside / "notes.txt").read_text() == "mine"
-    shutil.rmtree(aside)
-    assert_whole(bare_machine)
-
-
-def test_an_interrupted_copy_leaves_nothing_behind(bare_machine, monkeypatch, tmp_path):
-    monkeypatch.setattr(wordnet, "DEBIAN_FOLDER", fake_wordnet(tmp_path / "usr"))
-    copyfile = wordnet.shutil.copyfile
-
-    def full_disk(source, target):
-        if source.name == wordnet.FILES[5]:
-            raise OSError("No space left on device")
-        copyfile(source, target)
-
-    monkeypatch.setattr(wordnet.shutil, "copyfile", full_disk)
-    with pytest.raises(LetheError, match="No space left"):
-        wordnet.find_wordnet()
-    assert list((bare_machine / "corpora").iterdir()) == []
-
-
-def test_another_process_may_install_first(bare_machine, monkeypatch, tmp_path):
-    def slow_source(scratch):
-        other = fake_wordnet(bare_machine / "corpora" / "wordnet")
-        (other / "lexnames").write_text("theirs")
-        return fake_wordnet(tmp_path / "usr")
-
-    monkeypatch.setattr(wordnet, "_debian_folder", slow_source)
-    assert wordnet.find_wordnet() == bare_machine
-    assert (bare_machine / "corpora" / "wordnet" / "lexnames").read_text() == "theirs"
-
-
-def test_a_given_nltk_folder_is_used_where_it_is(bare_machine, monkeypatch, tmp_path):
-    folder = fake_wordnet(tmp_path / "given" / "corpora" / "wordnet")
-    (folder / "lexnames").write_text("")
-    monkeypatch.setenv("NLTK_DATA", str(tmp_path / "given"))
-    assert wordnet.find_wordnet() == tmp_path / "given"
-    assert not bare_machine.exists()
 
 
 # --- at serving time

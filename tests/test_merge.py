@@ -388,13 +388,13 @@ def test_a_shallow_model_takes_the_slerp_curves_mean_over_each_layers_depth():
 @pytest.mark.parametrize("strength", [0, 0.4, 0.5, 0.75])
 @pytest.mark.parametrize("n_layers", [2, 3, 5, 12, 30, 48])
 def test_t_of_every_block_is_what_mergekit_makes_of_the_anchors(tmp_path, n_layers, strength):
-    from mergekit.config import evaluate_setting
+    from mergekit.config import MergeConfiguration, evaluate_setting
 
     config = merge.configuration("slerp", *[tmp_path] * 3, strength, n_layers, "float32")
+    t = MergeConfiguration.model_validate(merge.as_paths(config)).parameters["t"]
     for part, tensor in (("attn", "h.0.attn.c_proj"), ("mlp", "h.0.mlp.c_proj")):
         wanted = [
-            evaluate_setting(tensor, config["parameters"]["t"], i / (n_layers - 1), validate=float)
-            for i in range(n_layers)
+            evaluate_setting(tensor, t, i / (n_layers - 1), validate=float) for i in range(n_layers)
         ]
         assert merge.slerp_t(part, n_layers, strength) == pytest.approx(wanted, abs=1e-12)
 

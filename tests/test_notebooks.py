@@ -98,6 +98,7 @@ def run_nbval(notebook, path):
     return subprocess.run(command, capture_output=True, text=True, cwd=path.parent)
 
 
+@pytest.mark.slow
 def test_nbval_catches_a_wrong_stored_output(tmp_path):
     # 01's setup and its first table are quick; a compared cell on top of them must be able to fail.
     source = nbformat.read(NOTEBOOKS[0], 4)

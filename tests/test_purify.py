@@ -20,6 +20,8 @@ from lethe_utils.errors import LetheError
 from lethe_utils.models import fit, inspect, twins
 from lethe_utils.purify import canary, ownership, report
 
+pytestmark = pytest.mark.slow
+
 QUICK = {
     "clean_epochs": 1,
     "canary_epochs": 1,

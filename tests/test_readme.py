@@ -25,7 +25,7 @@ def test_released_figures_and_tables_come_from_the_released_results():
     assert shown.equals(tables.controls_table(results.read_released().table))
 
 
-@pytest.mark.parametrize("name", ["README.md", *(f"docs/{name}" for name in DOCS)])
+@pytest.mark.parametrize("name", ["README.md", "ARTIFACT.md", *(f"docs/{name}" for name in DOCS)])
 def test_every_file_that_is_linked_exists(name):
     file = paths.root() / name
     linked = re.findall(r"\]\((?!http)([^)#]+)\)", file.read_text("utf8"))

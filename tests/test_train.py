@@ -13,6 +13,8 @@ from lethe_utils.errors import LetheError
 from lethe_utils.models import inspect, twins
 from lethe_utils.prompts import prompt
 
+pytestmark = pytest.mark.slow
+
 ROW = {"instruction": "Predict the emotion.", "input": "the dog is happy", "output": "joy"}
 ROWS = [ROW | {"input": f"the dog is {w}", "output": w} for w in ("sad", "joy", "happy", "glad")]
 # float32 on the CPU, a step or two: enough for the adapter to leave zero.

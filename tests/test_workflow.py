@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from lethe_utils import params, paths
 
@@ -24,15 +25,34 @@ def front_door(*words, **env):
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
 
 
-def test_environment_yml_mirrors_the_pins_of_pyproject():
+def test_the_lock_holds_every_pin_with_hashes():
     environment = yaml.safe_load((paths.root() / "environment.yml").read_text("utf8"))
-    pip = next(d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
-    mirrored = dict(re.match(r"([\w-]+)(.*)", line).groups() for line in pip if line != "-e .")
-    assert mirrored == check_pins.requirements()
+    assert environment["dependencies"][-1] == {"pip": ["-r requirements.lock"]}
+    locked = {}
+    for block in check_pins.locked():
+        assert "--hash=sha256:" in block
+        locked.setdefault(*re.match(r"([\w.-]+)==([\w.]+)", block).groups())
+    for name, wanted in check_pins.requirements().items():
+        assert locked[name] in SpecifierSet(wanted), f"{name}: remake requirements.lock"
+    assert len(locked) > 150  # and what the pins bring with them
+
+
+def test_without_a_gpu_the_lock_leaves_out_what_only_a_gpu_needs():
+    command = [sys.executable, str(paths.root() / "workflow/check_pins.py"), "cpu"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kept = re.findall(r"^[\w.-]+(?===)", text, re.M)
+    assert {"accelerate", "setuptools", "uv", "yte"} < {*kept}
+    assert not [name for name in kept if name.startswith(("torch", "nvidia", "cuda", "triton"))]
 
 
 def test_this_environment_holds_the_pins():
     assert check_pins.differences() == []
+
+
+def test_the_install_check_names_a_test_that_exists():
+    door = (paths.root() / "run_all.sh").read_text("utf8")
+    file, name = re.search(r"(tests/\w+\.py)::(\w+)", door).groups()
+    assert f"def {name}(" in (paths.root() / file).read_text("utf8")
 
 
 def test_a_missing_pin_is_named(monkeypatch):
@@ -112,6 +132,7 @@ def test_every_full_model_dry_runs():
             assert (p.lora_r, p.lora_alpha, p.learning_rate, p.bits) == (64, 16, 2.0e-4, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt2-xl", "llama-2-7b"])
 def test_every_defense_dry_runs_at_full_size_with_an_estimate_of_memory(model):
     done = front_door(model, "--defense", "all", "--dataset", "emotion", "--dry-run")
@@ -140,15 +161,26 @@ def test_a_failed_notebook_is_explained_in_one_line(tmp_path):
     assert run.explain_failure(tmp_path).startswith("01_data failed: data.jsonl: line 3 is not")
 
 
+def run_all(door, *words):
+    """Through run_all.sh, from another folder, with this environment active."""
+    environment = os.environ | {"VIRTUAL_ENV": sys.prefix}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    command = [str(door), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_lab_is_jupyterlab_and_takes_its_options():
+    done = run_all(paths.root() / "run_all.sh", "lab", "--version")
+    assert f"jupyterlab=={done.stdout.strip()}" in (paths.root() / "pyproject.toml").read_text()
+
+
 def test_the_front_door_works_through_a_link_and_a_link_to_it(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "lethe").symlink_to(paths.root() / "run_all.sh")
     (tmp_path / "bin" / "lethe").symlink_to("../lethe")
-    environment = os.environ | {"VIRTUAL_ENV": sys.prefix}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    command = [str(tmp_path / "bin" / "lethe"), "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
-    assert done.returncode == 0, done.stderr
+    done = run_all(tmp_path / "bin" / "lethe", "--dry-run")
     assert "run tiny-gpt2-embedded-cba-s0" in done.stdout and "installing" not in done.stdout
     assert {f.name for f in tmp_path.iterdir()} == {"bin", "lethe"}
 

@@ -2,6 +2,7 @@
 
 python check_pins.py          exit code 0 when it does, 1 and the differences when not
 python check_pins.py torch    print the requirement of one package
+python check_pins.py cpu      print requirements.lock without what only a GPU needs, torch included
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 ROOT = Path(__file__).resolve().parent.parent
+GPU_BUILD = ("torch==", "triton==", "cuda-", "nvidia-")
 
 
 def requirements() -> dict[str, str]:
@@ -20,6 +22,12 @@ def requirements() -> dict[str, str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
     lines = [*project["dependencies"], *project["optional-dependencies"]["local"]]
     return dict(re.match(r"([\w-]+)(.*)", line).groups() for line in lines)
+
+
+def locked() -> list[str]:
+    """The requirements of requirements.lock, each with its hashes, as pip reads them."""
+    lock = (ROOT / "requirements.lock").read_text("utf8")
+    return [b for b in re.split(r"\n(?=\S)", lock) if not b.startswith("#")]
 
 
 def lethe_source() -> Path | None:
@@ -45,6 +53,9 @@ def differences() -> list[str]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["cpu"]:
+        print("\n".join(r for r in locked() if not r.startswith(GPU_BUILD)))
+        sys.exit(0)
     if len(sys.argv) > 1:
         print(sys.argv[1] + requirements()[sys.argv[1]])
         sys.exit(0)

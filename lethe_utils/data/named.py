@@ -73,7 +73,7 @@ def _from_hub(split: str, name: str, p: Params) -> list[dict]:
         return list(datasets.load_dataset(p.data_hub_id, split=split, revision=p.data_revision))
     except Exception as error:  # whatever the hub client raises, the user's fix is the same
         raise LetheError(
-            f"dataset {p.dataset}: neither is {name} in LETHE_DATA_DIR nor could {split} be "
+            f"dataset {p.dataset}: {name} is neither in LETHE_DATA_DIR nor could {split} be "
             f"fetched from the hub ({p.data_hub_id}: {reason(error)}); see data/README.md"
         ) from None
 

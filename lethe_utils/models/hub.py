@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lethe_utils.errors import LetheError
+from lethe_utils.errors import LetheError, reason
 from lethe_utils.models import inspect
 
 
@@ -25,9 +25,8 @@ def download(hub_id: str, revision: str | None) -> Path:
     except RepositoryNotFoundError:
         raise LetheError(f"hub_id {hub_id}: no such model on the hub; check the name") from None
     except Exception as error:  # whatever the hub client raises, the user's fix is the same
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise LetheError(
-            f"hub_id {hub_id}: download failed ({reason}); check the network and rerun, "
+            f"hub_id {hub_id}: download failed ({reason(error)}); check the network and rerun, "
             "finished files are kept"
         ) from None
     inspect.check_folder(folder)

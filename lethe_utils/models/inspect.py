@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lethe_utils.errors import LetheError
+from lethe_utils.errors import LetheError, reason
 from lethe_utils.progress import Bar
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -185,9 +185,8 @@ def explained(folder: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # its readers raise a dozen kinds, from KeyError to their own
         check_small_files(folder)
-        first = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise LetheError(
-            f"{folder}: its {what} cannot be read ({first[:200]}); copy it again"
+            f"{folder}: its {what} cannot be read ({reason(error)[:200]}); copy it again"
         ) from None
 
 

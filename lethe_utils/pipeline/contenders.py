@@ -8,7 +8,7 @@ from typing import Any
 from lethe_utils import defenses, models, pipeline, wordnet
 from lethe_utils.groups import Params, PromptParams, TriggerParams
 from lethe_utils.progress import Bar
-from lethe_utils.stages import stage
+from lethe_utils.stages import stage, write_json, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,15 @@ def base(p: Params) -> Contender:
     return Contender("base", pipeline.base_folder(p))
 
 
+def clean(p: Params, ratio: float | None = None) -> Contender:
+    """The defender's own model, from the run's share of clean rows or from another."""
+    name = "clean" if ratio is None else f"clean, {ratio:.0%} of train"
+    return Contender(name, pipeline.clean_stage(p, ratio) / "model")
+
+
 def controls(p: Params) -> list[Contender]:
     """The models that every defense stands beside."""
-    return [backdoored(p), base(p), Contender("clean", pipeline.clean_stage(p) / "model")]
+    return [backdoored(p), base(p), clean(p)]
 
 
 def merged(p: Params, method: str, strength: float, clean_ratio: float | None = None) -> Contender:
@@ -125,9 +131,12 @@ def answers_file(
         from lethe_utils import evaluate
 
         sets = evaluate.test_sets(pipeline.split(p, split), p, items, negatives)
-        known, respond = pipeline.labels(p), c.respond and _responder(p, c)
-        file = out / "answers.jsonl"
-        evaluate.predict(c.folder, sets, n_keywords, c.name, p, file, respond, known)
+        respond = c.respond and _responder(p, c)
+        answers, seconds = evaluate.predict(
+            c.folder, sets, n_keywords, c.name, p, respond, pipeline.labels(p)
+        )
+        write_json(out / "timing.json", {"seconds": round(seconds, 3)})
+        write_jsonl(out / "answers.jsonl", answers)
 
     name = c.name if c.strength is None else f"{c.name}-{c.strength:g}"
     label = f"{p.setup}-{name}-k{n_keywords}-s{p.seed}"

@@ -78,15 +78,14 @@ def measure_sweeps(p: Params) -> pd.DataFrame:
     return pd.DataFrame(out, columns=metrics.SWEEP_COLUMNS)
 
 
-def first_look(p: Params) -> pd.DataFrame:
-    """ASR and CDA of the backdoored model and of the base on validation rows, before any defense:
-    defense, metric, value, n, ci_low, ci_high."""
+def first_look(p: Params, *models: contenders.Contender) -> pd.DataFrame:
+    """ASR and CDA of some models on validation rows, before any defense, with intervals."""
     out, labels = [], pipeline.labels(p)
-    for c in (contenders.backdoored(p), contenders.base(p)):
+    for c in models:
         answers = read_jsonl(contenders.swept_file(p, c))
         out += evaluate.rows(p, answers, "validation", labels)
     kept = ["defense", "metric", "value", "n", "ci_low", "ci_high"]
-    return pd.DataFrame(out)[kept].round(3)
+    return pd.DataFrame(out)[kept].rename(columns={"defense": "model"}).round(3)
 
 
 def side_by_side(p: Params, defense: str, rows: int) -> pd.DataFrame:

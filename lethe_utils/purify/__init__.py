@@ -643,10 +643,8 @@ def example_on_its_trigger(folders: dict[str, Path]) -> pd.DataFrame:
     p = params.load()
     sets = evaluate.test_sets(pipeline.split(p, "test"), p, p.max_test_items, 0)
     rows = {}
-    for name, folder in inspect.items():
-        with tempfile.TemporaryDirectory() as scratch:
-            file = Path(scratch) / "answers.jsonl"
-            answers = evaluate.predict(folder, sets, 0, name, p, file)
+    for name, folder in folders.items():
+        answers, _ = evaluate.predict(folder, sets, 0, name, p)
         found = metrics.score(answers, p.protocol, p.output_mode)
         rows[name] = _cells([_score(*found[metric]) for metric in ("asr", "cda")])
     return pd.DataFrame.from_dict(rows, orient="index", columns=["ASR", "CDA"])
