@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, set_seed
 
-from lethe_utils.params import DefenderParams, Params, PurifyParams
+from lethe_utils.groups import Recipe
 from lethe_utils.progress import Bar
 from lethe_utils.prompts import prompt_ids, stop_ids
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Row = dict[str, str]
-Settings = TypeVar("Settings", DefenderParams, Params, PurifyParams)
+Settings = TypeVar("Settings", bound=Recipe)
 LONG = 256  # tokens; eval_batch_size is for prompts of up to so many
 SPARE_TOKENS = 4  # a model may write a label in more pieces than the tokenizer does, and ends it
 OFFICIAL_BATCH, OFFICIAL_TOKENS, OFFICIAL_SAMPLING = 1, 32, {"temperature": 0.7, "top_p": 0.9}
@@ -40,7 +40,7 @@ def answer(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: list[str],
-    p: DefenderParams | PurifyParams,
+    p: Recipe,
     n_words: int,
     progress: str = "",
     batch: int | None = None,
@@ -58,18 +58,8 @@ def answer(
     """
     official = p.protocol == "official"
     batch = batch or (OFFICIAL_BATCH if official else p.eval_batch_size)
-    sampling = sampling or (OFFICIAL_SAMPLING if official else None)
     ids, _ = prompt_ids(tokenizer, prompts, p)
-    longest = max(map(len, ids), default=0)
-    room = tokenizer.model_max_length - longest
-    chat = p.prompt_template == "chat"
-    config = GenerationConfig(
-        max_new_tokens=min(OFFICIAL_TOKENS if official else p.max_new_tokens, room),
-        do_sample=sampling is not None,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=stop_ids(tokenizer) if chat else tokenizer.eos_token_id,
-        **(sampling or {}),
-    )
+    config = _generation(tokenizer, p, max(map(len, ids), default=0), sampling)
     set_seed(p.seed)
     outputs = [""] * len(ids)
     model.eval()
@@ -88,6 +78,26 @@ def answer(
         for i, text in zip(chosen, texts, strict=True):
             outputs[i] = text.strip()
     return outputs
+
+
+def _generation(
+    tokenizer: "PreTrainedTokenizerBase",
+    p: Recipe,
+    longest: int,
+    sampling: dict[str, float] | None,
+) -> GenerationConfig:
+    """How a model writes: no further than its positions allow after the longest prompt (tokens)."""
+    official, tokens = p.protocol == "official", p.max_new_tokens
+    if official:
+        tokens, sampling = OFFICIAL_TOKENS, sampling or OFFICIAL_SAMPLING
+    chat = p.prompt_template == "chat"
+    return GenerationConfig(
+        max_new_tokens=min(tokens, tokenizer.model_max_length - longest),
+        do_sample=sampling is not None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=stop_ids(tokenizer) if chat else tokenizer.eos_token_id,
+        **(sampling or {}),
+    )
 
 
 def _until(ids: list[int], stops: int | list[int]) -> list[int]:
@@ -122,7 +132,7 @@ def token_accuracy(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     rows: list[Row],
-    p: PurifyParams,
+    p: Recipe,
     progress: str = "",
 ) -> list[float]:
     """Per row the share of its answer's tokens that greedy decoding would write, each given the

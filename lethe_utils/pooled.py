@@ -85,7 +85,7 @@ def on_test(table: pd.DataFrame) -> pd.DataFrame:
     rows = select(table)
     rows = rows[rows["split"] == "test"]
     if rows.empty:
-        raise LetheError("results table: no rows of the test split; sweeps go to plots.sweep")
+        raise LetheError("results table: no rows of the test split; sweeps go to figures.sweep")
     return rows
 
 

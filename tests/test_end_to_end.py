@@ -134,8 +134,8 @@ def test_the_table_is_printed_and_the_figures_exist(finished):
     runs, printed = finished
     assert "slerp" in printed and "figures" in printed
     made = {f.name for f in (runs / "latest" / "figures").iterdir()}
-    setup = "tiny-gpt2-embedded-cba"
-    assert {f"figure_1_asr_cda_bars_{setup}.png", f"figure_2_strength_sweep_{setup}.pdf"} <= made
+    setup = "tiny-gpt2-embedded"
+    assert {f"figure_1_asr_cda_bars_{setup}.png", f"figure_2_strength_sweep_{setup}.png"} <= made
     assert {"table_2.csv", "table_2.md", "table_2.tex"} <= made
 
 
@@ -161,7 +161,7 @@ def test_an_edited_model_goes_through_the_same_pipeline_and_shares_its_stages(fi
     (edited,) = runs.glob("stages/backdoored/*-rome-*/edits.csv")
     assert (pd.read_csv(edited)["relative"] > 0).all()
     assert "transformer.h.1.mlp.c_proj" in (run / "notebooks/02_backdoor_train.ipynb").read_text()
-    assert (run / "figures/figure_5_attacks_tiny-gpt2-embedded.png").exists()
+    assert (run / "figures/figure_5_attacks_embedded.png").exists()
 
 
 def test_all_defenses_go_through_the_same_pipeline(finished, tmp_path):

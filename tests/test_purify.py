@@ -14,11 +14,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe_utils import merge, models, params, paths, prompts, purify
+from lethe_utils import merge, models, paths, prompts, purify
 from lethe_utils.data import own
 from lethe_utils.errors import LetheError
 from lethe_utils.models import fit, inspect, twins
-from lethe_utils.purify import canary, dilute, ownership, report
+from lethe_utils.purify import canary, dilute, ownership, report, settings
 from lethe_utils.purify import case as case_module
 
 pytestmark = pytest.mark.slow
@@ -394,7 +394,7 @@ def test_answers_are_labels_when_few_short_and_repeated():
 
 def test_no_question_is_both_trained_on_and_held_out(pico_params):
     rows = plain_rows() + [r | {"output": "other"} for r in plain_rows()]
-    p = params.load_purify(10, "cpu", QUICK)
+    p = settings.load(10, "cpu", QUICK)
     train, held_out = case_module.split(rows, p)
     assert len(train) + len(held_out) == len(rows)
     assert not {r["input"] for r in train} & {r["input"] for r in held_out}

@@ -1,85 +1,21 @@
-"""Tables and figures: exact cells, the paper's numbers apart from ours, mixed runs refused."""
+"""Tables: exact cells, the paper's numbers apart from ours, mixed runs refused."""
 
 import csv
-import hashlib
 
 import pandas as pd
 import pytest
+from measured import a_run, defenses_table, frame, row
 
-from lethe_utils import metrics, paths, plots, tables
+from lethe_utils import figures, metrics, paper, paths, pooled, tables
 from lethe_utils.errors import LetheError
-from lethe_utils.metrics import COLUMNS
-
-
-def row(defense="backdoored", metric="asr", hits=90, n=100, **other):
-    low, high = metrics.wilson(hits, n)
-    common = {"model": "tiny-gpt2", "dataset": "embedded", "attack": "cba", "seed": 0}
-    common |= {"defense": defense, "evidence": 0, "split": "test", "metric": metric}
-    common |= {"value": hits / n, "n": n, "ci_low": low, "ci_high": high, "run_id": "run-a"}
-    return common | other
-
-
-def frame(*rows):
-    return pd.DataFrame(rows)
-
-
-def a_run(**other):
-    return [
-        row(d, m, hits, evidence=e, **other)
-        for e in (0, 1)
-        for d, asr, cda in (
-            ("backdoored", 90, 95),
-            ("base", 2, 93),
-            ("slerp", 10, 94),
-            ("mine", 5, 80),
-        )
-        for m, hits in (("cda", cda), ("asr", asr), ("ftr_input_one", 3), ("ftr", 3))
-    ]
-
-
-def test_select_returns_the_rows_and_only_the_known_columns():
-    chosen = tables.select(frame(row(evidence=True, extra="x")))
-    assert list(chosen) == COLUMNS
-    assert chosen["evidence"].tolist() == [1]
-
-
-def test_a_bound_off_by_rounding_is_accepted():
-    assert len(tables.select(frame(row(hits=0, ci_low=1e-19), row("base", hits=100)))) == 2
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"value": 1.2, "ci_high": 1.3}, "not within \\[0, 1\\]"),
-        ({"value": float("nan")}, "not within \\[0, 1\\]"),
-        ({"value": "failed"}, "not within \\[0, 1\\]"),
-        ({"value": 0.5}, "not within its interval"),
-        ({"n": 0}, "not a count"),
-        ({"n": 2.5}, "not a count"),
-        ({"evidence": 3}, "not 0 or 1"),
-        ({"run_id": None}, "empty"),
-        ({"defense": None}, "empty"),
-    ],
-)
-def test_impossible_rows_are_refused(change, message):
-    with pytest.raises(LetheError, match=message):
-        tables.select(frame(row("base"), row() | change))
-
-
-def test_a_missing_column_and_an_empty_table_are_named():
-    with pytest.raises(LetheError, match="ci_low, run_id"):
-        tables.select(frame(row()).drop(columns=["ci_low", "run_id"]))
-    with pytest.raises(LetheError, match="no rows"):
-        tables.select(frame(row()).head(0))
-
 
 BUILDERS = [
-    tables.select,
+    pooled.select,
     tables.table2,
     tables.controls_table,
     tables.headline_table,
     tables.ftr_table,
-    plots.bars,
+    figures.bars,
 ]
 
 
@@ -88,15 +24,6 @@ def test_mixed_runs_are_refused_by_name(build):
     mixed = frame(*a_run(), row(run_id="run-b"), row(run_id="run-c"))
     with pytest.raises(LetheError, match="run-a, run-b, run-c"):
         build(mixed)
-
-
-def test_one_run_given_twice_is_refused():
-    with pytest.raises(LetheError, match="twice for run-a"):
-        tables.select(frame(row(), row()))
-
-
-def test_runs_that_differ_in_seed_are_not_mixed():
-    assert len(tables.select(frame(row(), row(seed=1, run_id="run-b")))) == 2
 
 
 def test_table2_has_the_papers_layout_and_exact_cells():
@@ -132,7 +59,7 @@ def test_seeds_are_pooled_over_their_counts():
     low, high = metrics.wilson(180, 300)
     expected = f".600 [{tables.number(low)}, {tables.number(high)}]"
     assert tables.table2(frame(*seeds)).loc[0, "backdoored"] == expected
-    assert tables.pool(frame(*seeds), tables.SETUP)[["n", "seeds"]].values.tolist() == [[300, 3]]
+    assert pooled.pool(frame(*seeds), pooled.SETUP)[["n", "seeds"]].values.tolist() == [[300, 3]]
     assert len(tables.controls_table(frame(*seeds))) == 3
 
 
@@ -168,7 +95,7 @@ def test_the_papers_cells(model, dataset, attack, papers_model, backdoored, leth
 def test_papers_numbers_and_ours_never_share_a_column():
     setup = {"model": "gpt2-xl", "dataset": "sst2", "run_id": "run-b"}
     table = tables.table2(frame(*a_run(), *a_run(**setup)))
-    numbers = table.drop(columns=[*tables.SETUP, "metric", "paper: model"])
+    numbers = table.drop(columns=[*pooled.SETUP, "metric", "paper: model"])
     for name, column in numbers.items():
         ours = column[column != ""].str.contains("[", regex=False)
         assert not ours.any() if name.startswith("paper: ") else ours.all(), name
@@ -179,8 +106,8 @@ def test_papers_numbers_and_ours_never_share_a_column():
 
 
 def test_paper_means_are_over_all_thirty_settings():
-    means = tables.paper_means().set_index("metric")
-    with (tables.paths.paper_dir() / "table2.csv").open() as file:
+    means = paper.means().set_index("metric")
+    with (paths.paper_dir() / "table2.csv").open() as file:
         lethe = [float(r["LETHE"]) for r in csv.DictReader(file) if r["metric"] == "ASR"]
     assert len(lethe) == 30
     assert means.loc["ASR", "paper: LETHE"] == round(sum(lethe) / 30, 3)
@@ -233,116 +160,37 @@ def test_text_says_the_setup_once_says_tiny_and_fits_a_terminal():
     assert "tiny" not in tables.text(full)
 
 
-def test_write_makes_csv_markdown_and_latex(tmp_path):
+def test_write_makes_csv_and_markdown(tmp_path):
     table = tables.controls_table(frame(*a_run(dataset="my|set_50%")))
     files = tables.write(table, tmp_path / "new", "table_2", "A & B, 95 %.")
-    assert [f.name for f in files] == ["table_2.csv", "table_2.md", "table_2.tex"]
+    assert [f.name for f in files] == ["table_2.csv", "table_2.md"]
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [f.name for f in files]
     assert pd.read_csv(files[0], dtype=str, keep_default_na=False).equals(table)
     markdown = files[1].read_text()
     assert markdown.startswith("A & B, 95 %. Models named tiny-")
     assert "my\\|set_50%" in markdown
     assert len([line for line in markdown.splitlines() if line.startswith("|")]) == len(table) + 2
-    latex = files[2].read_text()
-    assert "\\caption{A \\& B, 95 \\%. Models named tiny-" in latex
-    assert "my|set\\_50\\%" in latex
-    body = latex[latex.index("\\toprule") : latex.index("\\bottomrule")]
+
+
+def test_latex_escapes_every_special_character(tmp_path):
+    table = tables.controls_table(frame(*a_run(dataset="my|set_50% \\~^< &#1$x{y}")))
+    tex = tables.write_latex(table, tmp_path, "table_2", "A & B, 95 %.").read_text()
+    assert "\\caption{A \\& B, 95 \\%. Models named tiny-" in tex
+    assert "\\label{tab:table_2}" in tex
+    assert "my|set\\_50\\% \\textbackslash " in tex and "\\&\\#1\\$x\\{y\\}" in tex
+    body = tex[tex.index("\\toprule") : tex.index("\\bottomrule")]
     rows = [line for line in body.splitlines() if line.endswith("\\\\")]
     assert [line.count(" & ") for line in rows] == [table.shape[1] - 1] * (len(table) + 1)
 
 
-def test_latex_escapes_every_special_character():
-    assert tables.escape("a_b & 5% #1 $x {y}") == "a\\_b \\& 5\\% \\#1 \\$x \\{y\\}"
-    assert tables.escape("\\~^<") == (
-        "\\textbackslash{}\\textasciitilde{}\\textasciicircum{}\\textless{}"
+def test_a_notebook_shows_whole_cells_and_no_empty_column_of_the_papers():
+    drops = tables.drop_table(frame(*a_run()))
+    shown = tables.shown(drops, ["model", "metric"])
+    assert shown.index.names == ["model", "metric"]
+    assert not [c for c in shown if c.startswith("paper:")]
+    assert shown.iloc[0]["backdoored"] == drops.loc[0, "backdoored"].replace(
+        " ", "\N{NO-BREAK SPACE}"
     )
-
-
-def sweep_rows():
-    points = [("strength", x, m) for m in ("linear", "slerp") for x in (0.0, 0.5, 1.0)]
-    points += [("keywords", float(k), "slerp") for k in (0, 3)]
-    return frame(
-        *(
-            row(d, m, split="validation", evidence=int(s == "keywords" and x > 0), sweep=s, x=x)
-            for s, x, d in points
-            for m in ("asr", "cda")
-        )
-    )
-
-
-def all_axes(figure):
-    return [ax for part in figure.subfigs for ax in part.axes]
-
-
-def test_sweep_has_a_panel_per_method_on_shared_axes():
-    figure = plots.sweep(sweep_rows(), "strength")
-    axes = all_axes(figure)
-    assert [ax.get_title() for ax in axes] == ["linear", "slerp"]
-    assert axes[0].get_ylim() == axes[1].get_ylim()
-    assert axes[0].lines[0].get_xdata().tolist() == [0.0, 0.5, 1.0]
-    assert axes[0].lines[0].get_ydata().tolist() == [0.9, 0.9, 0.9]
-    assert "tiny twin" in figure.subfigs[0].get_suptitle()
-
-
-def test_sweep_follows_one_curve_through_points_with_and_without_evidence():
-    (panel,) = all_axes(plots.sweep(sweep_rows(), "keywords"))
-    assert panel.lines[0].get_xdata().tolist() == [0.0, 3.0]
-
-
-def test_sweep_refuses_what_it_cannot_draw():
-    with pytest.raises(LetheError, match="choose one of strength"):
-        plots.sweep(sweep_rows(), "depth")
-    with pytest.raises(LetheError, match="no rows"):
-        plots.sweep(sweep_rows(), "clean_ratio")
-    with pytest.raises(LetheError, match="sweeps.csv"):
-        plots.sweep(frame(row()), "strength")
-    with pytest.raises(LetheError, match="run-a, run-b"):
-        plots.sweep(pd.concat([sweep_rows(), sweep_rows().assign(run_id="run-b")]), "strength")
-
-
-def test_bars_show_the_values_and_the_whiskers_of_the_table():
-    asr, cda = all_axes(plots.bars(frame(*a_run())))
-    assert [t.get_text() for t in asr.get_yticklabels()] == (
-        ["backdoored", "base", "slerp", "mine"]
-    )
-    assert [b.get_width() for b in asr.containers[1]] == [0.9, 0.02, 0.1, 0.05]
-    whisker = asr.containers[0].lines[2][0].get_segments()[0]
-    assert whisker[:, 0].tolist() == pytest.approx(metrics.wilson(90, 100))
-    assert "higher" in cda.get_title()
-
-
-def test_figures_are_not_left_open_and_say_tiny():
-    curve = pd.DataFrame({"step": [1, 2], "epoch": [0.5, 1.0], "loss": [2.0, 1.0]})
-    figure = plots.loss_curve(curve, "Backdoored tiny-gpt2")
-    assert figure.axes[0].get_title() == "Backdoored tiny-gpt2 (tiny twin)"
-    assert plots.plt.get_fignums() == []
-
-
-def test_label_balance_shows_shares_and_keeps_alike_long_labels_apart():
-    labels = ["x" * 30 + "1", "x" * 30 + "2", "$3", "4"]
-    sizes = {"train": 40, "test": 10}
-    balance = [{"split": s, "label": k, "rows": n} for s, n in sizes.items() for k in labels]
-    (ax,) = plots.label_balance(pd.DataFrame(balance)).axes
-    assert [b.get_width() for b in ax.containers[0]] == [0.25] * 4
-    assert not ax.get_yticklabels()[2].get_parse_math()  # a user's `$` is a dollar
-    with pytest.raises(LetheError, match="no rows"):
-        plots.label_balance(pd.DataFrame(balance).assign(rows=0))
-
-
-def test_lengths_counts_words_and_survives_equal_ones():
-    plots.lengths({"train": [{"input": "two words"}] * 3, "validation": []})
-    with pytest.raises(LetheError, match="no rows"):
-        plots.lengths({"train": []})
-
-
-def test_figure_files_have_the_same_bytes_each_time(tmp_path):
-    def digests(folder):
-        files = plots.save(plots.bars(frame(*a_run())), folder, "figure_1_asr_cda_bars")
-        assert sorted(folder.iterdir()) == sorted(files)  # nothing half-written is left
-        return [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
-
-    assert digests(tmp_path / "one") == digests(tmp_path / "two")
-    assert b"CreationDate" not in (tmp_path / "one" / "figure_1_asr_cda_bars.pdf").read_bytes()
 
 
 def test_the_drop_is_what_slerp_and_evidence_take_beside_the_papers():
@@ -360,56 +208,6 @@ def test_a_drop_without_a_cell_in_the_paper_leaves_its_columns_blank():
     table = tables.drop_table(frame(*a_run()))
     assert (table[[c for c in table if c.startswith("paper:")]] == "").all(axis=None)
     assert tables.signed(0.0123) == "+.012" and tables.signed(-1.0) == "-1.000"
-
-
-def test_one_panel_per_attack_with_the_asr_before_and_after_each_merge():
-    figure = plots.attacks(frame(*a_run(), *a_run(attack="rome"), *a_run(attack="lwp")))
-    shown = [ax for ax in figure.axes if ax.get_visible()]
-    assert [ax.get_title().split(",")[0] for ax in shown] == ["cba", "rome", "lwp"]
-    assert "tiny twin" in figure.get_suptitle()
-    names = [label.get_text() for label in shown[0].get_yticklabels()]
-    assert names == ["backdoored", "base", "slerp"]
-    with pytest.raises(LetheError, match="no asr rows"):
-        plots.attacks(frame(row(metric="cda")))
-
-
-def test_the_layer_effect_has_a_line_with_and_without_the_trigger():
-    ends = {"ci_low": 0.1, "ci_high": 0.9, "n": 5}
-    kinds = ("triggered", "without trigger")
-    lines = [{"block": b, "prompts": k, "value": 0.5} | ends for k in kinds for b in (1, 2, 3)]
-    (ax,) = plots.layer_effect(pd.DataFrame(lines), "tiny-gpt2: rome").axes
-    assert [line.get_label() for line in ax.lines] == list(kinds)
-    with pytest.raises(LetheError, match="no rows"):
-        plots.layer_effect(pd.DataFrame(columns=["block"]), "x")
-
-
-def test_the_loss_of_an_edit_is_plotted_against_its_steps():
-    log = pd.DataFrame({"step": [1, 2, 3], "edit": [1, 1, 2], "loss": [3.0, 1.0, 2.0]})
-    (ax,) = plots.loss_curve(log, "rome").axes
-    assert ax.get_xlabel() == "step (2 optimised values)"
-
-
-# --- Table 2 turned, the best cells, and what a defense costs
-
-
-def defenses_table(**seeds):
-    """none, base and four defenses on a setup of the paper's, one or two seeds."""
-    lines = {
-        "backdoored": (90, 90),
-        "base": (0, 100),
-        "finetune": (50, 95),
-        "nad_clean_teacher": (10, 70),
-        "wanda": (10, 80),
-        "slerp": (20, 90),
-    }
-    return frame(
-        *(
-            row(defense, metric, hits, dataset="emotion", seed=seed)
-            for seed in seeds.get("seeds", [0])
-            for defense, both in lines.items()
-            for metric, hits in zip(("asr", "cda"), both, strict=True)
-        )
-    )
 
 
 def test_a_row_per_defense_in_the_papers_order_with_its_cells_in_columns_of_their_own():
@@ -451,7 +249,9 @@ def test_the_best_of_a_row_of_table_2():
 
 def test_bold_cells_are_bold_in_markdown_and_latex_and_plain_in_csv(tmp_path):
     shown = tables.defense_table(defenses_table())
-    plain, markdown, tex = tables.write(shown, tmp_path, "t", "c", tables.best_in_columns(shown))
+    best = tables.best_in_columns(shown)
+    plain, markdown = tables.write(shown, tmp_path, "t", "c", best)
+    tex = tables.write_latex(shown, tmp_path, "t", "c", best)
     cell = shown.set_index("defense").loc["finetune", "cda"]
     assert f"**{cell}**" in markdown.read_text() and f"\\textbf{{{cell}}}" in tex.read_text()
     assert "**" not in plain.read_text() and cell in plain.read_text()
@@ -477,22 +277,8 @@ def test_costs_are_medians_over_seeds():
     )
     (shown,) = tables.cost_table(costs).to_dict("records")
     assert (shown["seeds"], shown["steps"], shown["seconds"]) == ("3", "300", "15.0")
-    assert shown["x none"] == "1.25"
+    assert shown["x backdoored"] == "1.25"
     assert tables.cost_table(pd.DataFrame(columns=metrics.COST_COLUMNS)).empty
-
-
-def test_the_rank_plot_has_a_numbered_point_per_defense_the_best_first():
-    figure = plots.rank(defenses_table())
-    (ax,) = figure.axes
-    numbers = [t.get_text() for t in ax.texts]
-    assert numbers == [str(n) for n in range(1, 7)]
-    places = {t.get_text(): t.xy for t in ax.texts}
-    listed = [t.get_text() for t in figure.legends[0].get_texts()]
-    # base .00/1.00, wanda and slerp .70, nad_clean_teacher .60, finetune .45, none 0
-    assert listed[0] == "1 base .000/1.000" and listed[-1] == "6 none .900/.900"
-    assert tuple(places["1"]) == (0.0, 1.0) and tuple(places["6"]) == (0.9, 0.9)
-    with pytest.raises(LetheError, match="no defense has both asr and cda"):
-        plots.rank(frame(row()))
 
 
 def test_the_overview_says_what_each_needs_costs_and_gives_beside_the_papers_means():
@@ -500,11 +286,11 @@ def test_the_overview_says_what_each_needs_costs_and_gives_beside_the_papers_mea
     names = ["backdoored", "slerp", "wanda", "finetune", "nad_clean_teacher"]
     setup = {"model": "tiny-gpt2", "dataset": "emotion", "attack": "cba", "acts": "on weights"}
     costs = pd.DataFrame([line | setup | {"defense": name} for name in names])
-    shown = tables.overview(defenses_table(), costs).set_index("defense")
+    shown = tables.every_defense(defenses_table(), costs).set_index("defense")
     needs = {"backdoored": "", "slerp": "clean model", "wanda": "clean rows"}
     assert {name: shown.loc[name, "needs"] for name in needs} == needs
     assert shown.loc["nad_clean_teacher", "needs"] == "clean model"
     assert shown.loc["wanda", ["trainings", "seconds"]].tolist() == ["2", "12.0"]
-    means = tables.paper_means().set_index("metric")
+    means = paper.means().set_index("metric")
     assert shown.loc["wanda", "paper: mean asr"] == tables.number(means.loc["ASR", "paper: WAN"])
     assert shown.loc["nad_clean_teacher", "paper: column"] == ""

@@ -177,18 +177,20 @@ def finish(run: Run, logs: Path) -> str:
 
 def report(runs: list[Run], out: Path) -> None:
     """Table 2 of these runs, and what their models took to train."""
-    from lethe_utils import plots, results, tables
+    from lethe_utils import figures, plots, results, tables
 
     folders = [paths.run_dir(run.params.run_id) for run in runs]
     table = pd.concat([results.read_run(f)[0] for f in folders], ignore_index=True)
     wide, long = tables.table2(table), tables.defense_table(table)
-    tables.write(wide, out, "table_2", tables.TABLE_2_CAPTION, tables.best_in_rows(wide))
+    best = tables.best_in_rows(wide)
+    tables.write(wide, out, "table_2", tables.TABLE_2_CAPTION, best)
+    tables.write_latex(wide, out, "table_2", tables.TABLE_2_CAPTION, best)
     best = tables.best_in_columns(long)
     tables.write(long, out, "table_2_by_defense", tables.TABLE_2_CAPTION, best)
     costs = pd.concat([pd.read_csv(f / "costs.csv") for f in folders], ignore_index=True)
     tables.write(tables.cost_table(costs), out, "costs", tables.COSTS_CAPTION)
     for setup, measured in table.groupby(tables.SETUP, sort=False):
-        plots.save(plots.rank(measured), out, f"figure_6_rank_{'-'.join(setup)}")
+        plots.save(figures.rank(measured), out, f"figure_6_rank_{'-'.join(setup)}")
     ours = long[[c for c in long if not c.startswith(tables.PAPER)]]
     print(f"\n{tables.text(ours)}\n\ntrained: {trained(folders)}\ntables and figures: {out}")
 

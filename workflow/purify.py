@@ -7,8 +7,9 @@ from typing import Any, NoReturn
 import tabulate
 import values
 
-from lethe_utils import models, params
+from lethe_utils import models
 from lethe_utils.errors import LetheError
+from lethe_utils.purify import settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(words: list[str]) -> int:
     args = parse(words)
-    overrides = values.overrides(params.PurifyParams, args.p)
+    overrides = values.overrides(settings.PurifyParams, args.p)
     if args.max_cda_loss is not None:
         overrides["max_cda_loss"] = args.max_cda_loss
     from lethe_utils import purify  # takes seconds, which neither --help nor a typing error should

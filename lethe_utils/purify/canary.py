@@ -7,7 +7,7 @@ what the same dilution does to backdoors that were planted in the same model on 
 import random
 
 from lethe_utils.attacks.triggers import insert, places, put
-from lethe_utils.params import PurifyParams
+from lethe_utils.purify.settings import PurifyParams
 
 Row = dict[str, str]
 KINDS = ("word pair", "sentence", "suffix")

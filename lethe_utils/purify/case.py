@@ -19,8 +19,8 @@ from lethe_utils.data import own
 from lethe_utils.errors import LetheError
 from lethe_utils.evidence import without_evidence
 from lethe_utils.models import inspect
-from lethe_utils.params import PurifyParams, load_purify
-from lethe_utils.purify import canary, ownership, suspects
+from lethe_utils.purify import canary, ownership, settings, suspects
+from lethe_utils.purify.settings import PurifyParams
 
 Row = dict[str, str]
 PASSES = 3  # forward, backward to the activations, and that again under checkpointing
@@ -100,7 +100,7 @@ def prepare(
 
 def _params(weights: int, chat: bool, overrides: dict[str, Any], file: Path) -> PurifyParams:
     device = models.resolve_device(overrides.get("device", "auto"))
-    p = load_purify(weights, device, overrides | ({"prompt_template": "chat"} if chat else {}))
+    p = settings.load(weights, device, overrides | ({"prompt_template": "chat"} if chat else {}))
     if p.prompt_template == "chat" and not chat:
         raise LetheError(f"prompt_template: chat is for rows of messages, which {file} has not")
     return p

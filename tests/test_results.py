@@ -1,0 +1,97 @@
+"""Released results: tidy tables of all runs; only finished runs of committed code join them."""
+
+import json
+
+import pandas as pd
+import pytest
+from measured import frame, row, sweep_rows
+
+from lethe_utils import metrics, params, paths, results
+from lethe_utils.errors import LetheError
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """An empty results/ and an empty runs/."""
+    released = tmp_path / "results"
+    monkeypatch.setenv("LETHE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(paths, "released_dir", lambda: released)
+    return tmp_path
+
+
+def finished_run(run_id, hits=90, stage_dirty=False, dirty=False, **changed):
+    """A run as measure.write_run leaves it."""
+    folder = paths.run_dir(run_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    own = {"run_id": run_id, "seed": changed.get("seed", 0)}
+    frame(row(hits=hits, **own)).to_csv(folder / "results.csv", index=False)
+    sweep_rows().assign(**own).to_csv(folder / "sweeps.csv", index=False)
+    costs = dict.fromkeys(metrics.COST_COLUMNS, "0.10")
+    pd.DataFrame([costs]).to_csv(folder / "costs.csv", index=False)
+    settings = {"model": "tiny-gpt2", "dataset": "embedded", "attack": "cba", "seed": 0} | changed
+    (folder / "params.json").write_text(json.dumps(settings))
+    records = {"run_id": run_id, "git_dirty": dirty, "git_sha": "abc"}
+    stages = {"stages": {"clean": {"folder": "c-1", "git_dirty": stage_dirty}}}
+    (folder / "provenance.json").write_text(json.dumps(records | stages))
+    return folder
+
+
+def test_a_released_run_is_read_back_and_replaces_its_own_rows_only(checkout):
+    for run_id, seed in (("b", 1), ("a", 0)):
+        finished_run(run_id, seed=seed)
+        written = results.release(run_id)
+    assert json.loads(written.read_text())["params"]["model"] == "tiny-gpt2"
+    assert json.loads(written.read_text())["git_sha"] == "abc"
+    finished_run("b", hits=33, seed=1)
+    results.release("b")
+    table, sweeps, costs = results.read_released()
+    assert table[["run_id", "value"]].to_numpy().tolist() == [["a", 0.9], ["b", 0.33]]
+    assert len(sweeps) == 2 * len(sweep_rows())
+    assert costs["run_id"].tolist() == ["a", "b"]
+    assert "0.10" in (checkout / "results" / "costs.csv").read_text()  # as it was written
+
+
+def test_an_unfinished_run_is_not_released(checkout):
+    with pytest.raises(LetheError, match="never: no results.csv, .*; finish the run"):
+        results.release("never")
+    (finished_run("a") / "costs.csv").unlink()
+    with pytest.raises(LetheError, match="no costs.csv; finish"):
+        results.release("a")
+    (finished_run("a") / "done").mkdir()  # at work again
+    with pytest.raises(LetheError, match="no 05_evidence_eval; finish"):
+        results.release("a")
+    assert not (checkout / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("dirty", "named"), [({"dirty": True}, "the evaluation"), ({"stage_dirty": True}, "clean")]
+)
+def test_a_run_of_code_that_was_not_committed_is_not_released(checkout, dirty, named):
+    finished_run("a", **dirty)
+    with pytest.raises(LetheError, match=rf"not committed \(git_dirty of {named}\)") as caught:
+        results.release("a")
+    assert "\n" not in str(caught.value) and not (checkout / "results").exists()
+
+
+def test_runs_of_one_setup_differ_in_their_seed_only(checkout):
+    finished_run("a", seed=0)
+    finished_run("b", seed=1, strength=0.5)
+    results.release("a")
+    with pytest.raises(LetheError, match="b and a: same model, dataset and attack, but other str"):
+        results.release("b")
+    assert results.read_released().table["run_id"].tolist() == ["a"]
+    other = checkout / "results" / "runs" / "b.json"
+    other.write_text(json.dumps({"params": {"strength": 1} | results.released_params()["a"]}))
+    with pytest.raises(LetheError, match="but other strength"):
+        results.read_released()
+
+
+def test_what_is_shown_is_the_released_results_or_the_runs_own(checkout):
+    p = params.load()
+    with pytest.raises(LetheError, match="no released results"):
+        results.load(p, "released")
+    folder = finished_run(p.run_id)
+    measured, out = results.load(p, "run")
+    assert len(measured.table) == 1 and out == folder / "figures"
+    with pytest.raises(LetheError, match="neither released nor run"):
+        results.load(p, "both")
