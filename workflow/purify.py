@@ -7,9 +7,7 @@ from typing import Any, NoReturn
 import tabulate
 import values
 
-from lethe_utils import models
 from lethe_utils.errors import LetheError
-from lethe_utils.purify import settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,11 +21,13 @@ class Parser(argparse.ArgumentParser):
 
 def main(words: list[str]) -> int:
     args = parse(words)
-    overrides = values.overrides(settings.PurifyParams, args.p)
+    # These take seconds, which neither --help nor a wrong word should.
+    from lethe_utils import models, purify
+    from lethe_utils.purify.settings import PurifyParams
+
+    overrides = values.overrides(PurifyParams, args.p)
     if args.max_cda_loss is not None:
         overrides["max_cda_loss"] = args.max_cda_loss
-    from lethe_utils import purify  # takes seconds, which neither --help nor a typing error should
-
     models.quiet()
     case = purify.prepare(
         args.suspect or args.base, args.base, args.clean_data, args.out, args.adapter, overrides
