@@ -182,7 +182,7 @@ def attacks(table: pd.DataFrame) -> Figure:
         for ax, (title, group) in zip(axes, panels.items(), strict=True):
             for i, (name, look) in enumerate(BEFORE_AFTER.items()):
                 points = group[group["defense"] == name]
-                y = points["attack"].map(kinds.index) + (i - 2) * 0.15
+                y = [kinds.index(attack) + (i - 2) * 0.15 for attack in points["attack"]]
                 spread = {"xerr": _whiskers(points), "elinewidth": 0.8, "ms": 3}
                 ax.errorbar(points["value"], y, **spread, **look, ls="", label=name)
             ax.set_title(title)
