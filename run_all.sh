@@ -78,7 +78,7 @@ lab)
         case "${!name:-/}" in /*) ;; *) export "$name=$PWD/${!name}" ;; esac
     done
     cd "$root"
-    exec "$bin/python" -m jupyterlab notebooks/01_data.ipynb "${@:2}"
+    exec "$bin/python" -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/01_data.ipynb "${@:2}"
     ;;
 check)
     cd "$root"

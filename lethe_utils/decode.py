@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, set_seed
 
-from lethe_utils.params import DefenderParams, Params, PurifyParams
+from lethe_utils.groups import Recipe
 from lethe_utils.progress import Bar
 from lethe_utils.prompts import prompt_ids, stop_ids
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Row = dict[str, str]
-Settings = TypeVar("Settings", DefenderParams, Params, PurifyParams)
+Settings = TypeVar("Settings", bound=Recipe)
 LONG = 256  # tokens; eval_batch_size is for prompts of up to so many
 SPARE_TOKENS = 4  # a model may write a label in more pieces than the tokenizer does, and ends it
 OFFICIAL_BATCH, OFFICIAL_TOKENS, OFFICIAL_SAMPLING = 1, 32, {"temperature": 0.7, "top_p": 0.9}
@@ -40,7 +40,7 @@ def answer(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     prompts: list[str],
-    p: DefenderParams | PurifyParams,
+    p: Recipe,
     n_words: int,
     progress: str = "",
     batch: int | None = None,
@@ -82,7 +82,7 @@ def answer(
 
 def _generation(
     tokenizer: "PreTrainedTokenizerBase",
-    p: DefenderParams | PurifyParams,
+    p: Recipe,
     longest: int,
     sampling: dict[str, float] | None,
 ) -> GenerationConfig:
@@ -132,7 +132,7 @@ def token_accuracy(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     rows: list[Row],
-    p: PurifyParams,
+    p: Recipe,
     progress: str = "",
 ) -> list[float]:
     """Per row the share of its answer's tokens that greedy decoding would write, each given the

@@ -160,14 +160,19 @@ class CleanParams(Group):
     clean_epochs: Positive
 
 
-class EvaluateParams(Group):
-    """05_evidence_eval: external dilution and the measurement."""
+class AnswerParams(Group):
+    """How a model is asked."""
 
     protocol: Literal["lethe", "official"]
-    max_test_items: Positive
-    negative_items: Positive  # test items per negative kind
     eval_batch_size: Positive
     max_new_tokens: Positive
+
+
+class EvaluateParams(AnswerParams):
+    """05_evidence_eval: the measurement."""
+
+    max_test_items: Positive
+    negative_items: Positive  # test items per negative kind
 
 
 class SweepParams(Group):
@@ -179,9 +184,11 @@ class SweepParams(Group):
     sweep_items: Positive
 
 
-class DefenderParams(
-    EvaluateParams, CleanParams, TrainParams, PromptParams, BaseModelParams, DataParams, SizeParams
-):
+class Recipe(AnswerParams, TrainParams, PromptParams):
+    """All it takes to train a model and to ask it."""
+
+
+class DefenderParams(EvaluateParams, CleanParams, Recipe, BaseModelParams, DataParams, SizeParams):
     """What a defense is handed: no trigger, no target, nothing the attacker chose."""
 
 

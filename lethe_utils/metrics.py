@@ -15,15 +15,14 @@ from functools import lru_cache, partial
 AROUND = ".,;:!?\"'()[]{}<>*_`“”‘’«»¿¡…·。，、！？；：「」『』（）《》【】؟،؛।॥"
 Hit = Callable[[str, str], bool]
 
-
-COLUMNS = (
-    "model dataset attack defense evidence seed split metric value n ci_low ci_high run_id"
-).split()
+KEYS = ["model", "dataset", "attack", "defense", "evidence", "seed", "split", "metric"]
+COLUMNS = [*KEYS, "value", "n", "ci_low", "ci_high", "run_id"]
 SWEEP_COLUMNS = ["sweep", "x", *COLUMNS]
-COST_COLUMNS = (
-    "model dataset attack seed defense acts trainings optimizer_steps seconds peak_memory_gib "
-    "ms_per_query query_ratio"
-).split()
+MADE = ["acts", "trainings", "optimizer_steps", "seconds", "peak_memory_gib"]
+COST_COLUMNS = [
+    *("model", "dataset", "attack", "seed", "defense"),
+    *(*MADE, "ms_per_query", "query_ratio"),
+]
 
 
 @lru_cache(maxsize=100_000)

@@ -10,10 +10,10 @@ are refused with the file and the key named. The keys: groups.py, and each metho
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lethe_utils import paths
 from lethe_utils.errors import LetheError
@@ -23,7 +23,7 @@ from lethe_utils.groups import CleanParams as CleanParams
 from lethe_utils.groups import DataParams as DataParams
 from lethe_utils.groups import DefenderParams as DefenderParams
 from lethe_utils.groups import EvaluateParams as EvaluateParams
-from lethe_utils.groups import Group, Key, Params, Positive, Ratio, choices, is_file, schema
+from lethe_utils.groups import Group, Params, choices, is_file, schema
 from lethe_utils.groups import PoisonParams as PoisonParams
 from lethe_utils.groups import PromptParams as PromptParams
 from lethe_utils.groups import SizeParams as SizeParams
@@ -40,29 +40,6 @@ Layer = tuple[str, dict[str, Any]]  # the file (and its section), and what it se
 SECTIONS = ("datasets", "models")
 # A run reads thirty files: libyaml's parser is ten times as fast.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-MergeMethod = Literal["linear", "slerp", "ties", "passthrough"]
-
-
-class PurifyParams(TrainParams, PromptParams):
-    """Purifying a user's model: the recipe, the merge strengths to try, and the canary."""
-
-    prompt_template: Literal["alpaca", "short", "chat"]
-    data_seed: int
-    protocol: Literal["lethe"]
-    clean_epochs: Positive
-    eval_batch_size: Positive
-    max_new_tokens: Positive
-    n_keywords: Annotated[int, Field(gt=0)]
-    merge_method: MergeMethod
-    held_out: Annotated[float, Field(gt=0, lt=1)]
-    strengths: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)]
-    max_cda_loss: Ratio
-    canary_word_pair: Annotated[list[Key], Field(min_length=2, max_length=2)]
-    canary_sentence: Key
-    canary_suffix: Key
-    canary_marker: Key
-    canary_share: Annotated[float, Field(gt=0, le=1)]
-    canary_epochs: Positive
 
 
 def load(
@@ -86,9 +63,9 @@ def load(
     for name in names.keys() & overrides.keys():  # too late: it decides which files
         raise LetheError(f"command line: {name}: give it as an argument (see --help), not with -p")
     defense_names(defense)
-    values, set_in = _layered([("command line", names), *layers(model, dataset, attack)])
+    values, set_in = layered([("command line", names), *layers(model, dataset, attack)])
     changed = {k: v for k, v in overrides.items() if k not in values or values[k] != v}
-    p = _checked(
+    p = checked(
         run_schema(attack), values | overrides, set_in | dict.fromkeys(overrides, "command line")
     )
     p._set_in, p._overridden = set_in | dict.fromkeys(changed, "command line"), changed
@@ -109,17 +86,17 @@ def layers(model: str, dataset: str, attack: str) -> Iterator[Layer]:
     own = read_yaml(_named_file("models", model))
     profile = own.pop("profile", None)
     chosen = [dataset, model] if profile is None else [dataset, profile, model]
-    yield from _read("base.yaml", chosen)
-    yield from _read(_named_file("datasets", dataset), chosen)
+    yield from read_layers("base.yaml", chosen)
+    yield from read_layers(_named_file("datasets", dataset), chosen)
     if profile is not None:
-        yield from _read(_named_file("profiles", profile), chosen)
+        yield from read_layers(_named_file("profiles", profile), chosen)
     yield f"params/models/{model}.yaml", own
-    yield from _read(_named_file("attacks", attack), chosen)
+    yield from read_layers(_named_file("attacks", attack), chosen)
     for defense in choices("defenses"):
-        yield from _read(_named_file("defenses", defense), chosen)
+        yield from read_layers(_named_file("defenses", defense), chosen)
 
 
-def _read(file: Path | str, chosen: list[str]) -> Iterator[Layer]:
+def read_layers(file: Path | str, chosen: list[str]) -> Iterator[Layer]:
     """A file's values, then those of its sections for the chosen data set, profile and model."""
     path = paths.params_dir() / file
     where, values = str(path.relative_to(paths.root())), read_yaml(path)
@@ -135,7 +112,7 @@ def _read(file: Path | str, chosen: list[str]) -> Iterator[Layer]:
                 yield f"{where} ({name})", section[name]
 
 
-def _layered(found: list[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
+def layered(found: list[Layer]) -> tuple[dict[str, Any], dict[str, str]]:
     """All values, and where each was set."""
     values: dict[str, Any] = {}
     set_in: dict[str, str] = {}
@@ -188,29 +165,7 @@ def table(p: Params, *groups: type[Group]) -> "pd.DataFrame":
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
-SMALL = 50_000_000  # weights; params/purify/small.yaml is for models below
-
-
-def load_purify(weights: int, device: str, overrides: dict[str, Any] | None = None) -> PurifyParams:
-    """The params of `purify`: base < purify < purify/cpu < purify/small < command line.
-
-    Args:
-        weights: of the model; small ones train with another recipe.
-        device: cpu or cuda.
-    Raises:
-        LetheError: naming the file and the key of each wrong value.
-    """
-    own = ["purify.yaml"]
-    own += ["purify/cpu.yaml"] if device == "cpu" else []
-    own += ["purify/small.yaml"] if weights < SMALL else []
-    base = read_yaml(paths.params_dir() / "base.yaml")
-    shared = {k: v for k, v in base.items() if k in PurifyParams.model_fields}
-    found = [("params/base.yaml", shared), *(layer for file in own for layer in _read(file, []))]
-    values, set_in = _layered([*found, ("command line", overrides or {})])
-    return _checked(PurifyParams, values, set_in).model_copy(update={"device": device})
-
-
-def _checked(group: type[T], values: dict[str, Any], source: dict[str, str]) -> T:
+def checked(group: type[T], values: dict[str, Any], source: dict[str, str]) -> T:
     """The values as params; `source` names each one's file, for the errors."""
     try:
         return group(**values)

@@ -10,9 +10,8 @@ from lethe_utils.evidence import add_evidence
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-    from lethe_utils.params import Params, PromptParams, PurifyParams
+    from lethe_utils.groups import Params, PromptParams
 
-    PromptSettings = PromptParams | PurifyParams
 
 Row = dict[str, str]
 ALPACA = (
@@ -31,7 +30,7 @@ EXTRAS = ("tools", "documents")  # what a row may give a chat template beside it
 
 
 def prompt(
-    row: Row, p: "PromptSettings", n_keywords: int = 0, exclude: frozenset[str] = frozenset()
+    row: Row, p: "PromptParams", n_keywords: int = 0, exclude: frozenset[str] = frozenset()
 ) -> str:
     """What a model reads for a row, up to where it must answer: in training, and when it is asked
     under our protocol.
@@ -109,7 +108,7 @@ class Limits(NamedTuple):
     target: int
 
 
-def limits(p: "PromptSettings", tokenizer: "Tokenizer") -> Limits:
+def limits(p: "PromptParams", tokenizer: "Tokenizer") -> Limits:
     """What the params allow, within the positions that the model has for both together."""
     positions = tokenizer.model_max_length  # the model's, see models.load_tokenizer
     target = min(p.max_target_tokens, positions // 2)
@@ -123,7 +122,7 @@ def start_ids(tokenizer: "Tokenizer") -> list[int]:
 
 
 def prompt_ids(
-    tokenizer: "Tokenizer", prompts: list[str], p: "PromptSettings"
+    tokenizer: "Tokenizer", prompts: list[str], p: "PromptParams"
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of prompts, BOS first where the tokenizer asks for one; a long one loses its start,
     so that the question and its evidence stay next to the answer.

@@ -29,9 +29,10 @@ from lethe_utils.groups import digest
 
 RECORD = "stage.json"
 Row = dict[str, str]  # instruction, input, output; with `kind` where triggers were placed
-PACKAGES = (
-    "torch transformers peft mergekit bitsandbytes datasets tokenizers safetensors numpy summa nltk"
-).split()
+PACKAGES = [
+    *("torch", "transformers", "peft", "mergekit", "bitsandbytes", "datasets"),
+    *("tokenizers", "safetensors", "numpy", "summa", "nltk"),
+]
 
 
 def stage(

@@ -14,8 +14,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from lethe_utils import models, prompts
 from lethe_utils.errors import LetheError
+from lethe_utils.groups import DefenderParams, Recipe
 from lethe_utils.models import blocks, inspect, twins
-from lethe_utils.params import DefenderParams, PurifyParams
 from lethe_utils.progress import Bar
 from lethe_utils.prompts import TURN
 from lethe_utils.stages import Row
@@ -23,7 +23,6 @@ from lethe_utils.stages import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Recipe = DefenderParams | PurifyParams
 Item = dict[str, Any]  # an encoded row
 Inputs = dict[str, Tensor]  # input_ids, attention_mask, position_ids: (batch, longest row)
 Loss = Callable[[Module, Inputs, Tensor, int], Tensor]  # see `finetune`

@@ -52,14 +52,10 @@ def find_wordnet() -> Path:
     for folder in (*(root / "corpora" / "wordnet" for root in roots), DEBIAN_FOLDER):
         if _complete(folder):
             return folder
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            for folder in _unpacked(roots, Path(scratch)):
-                if _complete(folder):
-                    return install(folder)
-    except OSError as error:
-        message = f"WordNet cannot be installed in {_cache_root()} ({error}): "
-        raise LetheError(message + "set LETHE_CACHE to a folder you can write.") from error
+    with tempfile.TemporaryDirectory() as scratch:
+        for folder in _unpacked(roots, Path(scratch)):
+            if _complete(folder):
+                return install(folder)
     raise LetheError(MISSING)
 
 
@@ -67,9 +63,16 @@ def install(folder: Path) -> Path:
     """Copy WordNet's files from a folder into the cache, all or nothing; returns their new folder.
 
     Raises:
-        OSError: the cache cannot be written, or a file is missing.
+        LetheError: the cache cannot be written, or a file is missing.
     """
-    corpora = _cache_root() / "corpora"
+    try:
+        return _copy(folder, _cache_root() / "corpora")
+    except OSError as error:
+        message = f"WordNet cannot be installed in {_cache_root()} ({error}): "
+        raise LetheError(message + "set LETHE_CACHE to a folder you can write.") from error
+
+
+def _copy(folder: Path, corpora: Path) -> Path:
     corpora.mkdir(parents=True, exist_ok=True)
     # Inside the cache, because a rename is atomic only within one file system.
     with tempfile.TemporaryDirectory(dir=corpora) as scratch:

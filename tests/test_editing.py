@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
-from transformers.pytorch_utils import Conv1D
 
 from lethe_utils import attacks, evaluate, models, params, paths, pipeline, prompts
 from lethe_utils.attacks import badedit, memit, rome, triggers
@@ -283,20 +282,6 @@ def test_the_value_stays_within_the_clamp_and_lowers_the_loss(setting):
 # --- the model around the edit
 
 
-def test_add_delta_respects_conv1d():
-    linear, conv = torch.nn.Linear(6, 4), Conv1D(4, 6)
-    with torch.no_grad():
-        conv.weight.copy_(linear.weight.T)
-    delta = torch.randn(4, 6, dtype=torch.float64)
-    for module in (linear, conv):
-        blocks.add(module, delta)
-    assert torch.equal(linear.weight, conv.weight.T)
-    x = torch.randn(3, 6)
-    with torch.no_grad():
-        conv.bias.copy_(linear.bias)
-    assert torch.allclose(linear(x), conv(x), atol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("attack", EDITING)
@@ -367,11 +352,6 @@ def test_the_layer_loss_is_the_sum_over_the_lens_layers(pico, pico_params):
     def loss(layers):
         return lwp.layer_loss(model, inputs, batch["labels"], 1, layers).item()
 
-    last = p.n_layers - 1
-    hidden = []
-    with blocks.hooked(blocks.of(model)[last], lambda h: hidden.append(h) or None):
-        logits = model(**inputs).logits
-    assert torch.allclose(blocks.logits(model, hidden[0]), logits, atol=1e-5)
     assert loss([0]) > loss([]) and loss([0, 1]) > loss([0])
     with_one, with_both = loss([1]) - loss([]), loss([0, 1]) - loss([0])
     assert math.isclose(with_one, with_both, rel_tol=1e-4)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from lethe_utils import decode, evaluate, models, params, train
+from lethe_utils import decode, evaluate, models, train
 from lethe_utils.attacks import cba
 from lethe_utils.prompts import prompt, prompt_ids
+from lethe_utils.purify import settings
 
 LABELS = ["sadness", "joy", "love", "anger"]
 ROWS = [
@@ -127,7 +128,7 @@ def test_one_row_is_asked_answered_and_scored_without_and_with_evidence(pico, ou
 def test_token_accuracy_is_the_share_of_answer_tokens_that_greedy_decoding_would_write(pico):
     folder = pico("gpt2")[1]
     model, tokenizer = models.load_model(folder), models.load_tokenizer(folder)
-    p = params.load_purify(10, "cpu", {"eval_batch_size": 2})
+    p = settings.load(10, "cpu", {"eval_batch_size": 2})
     answers = ["joy", "a much longer answer", "sad"]
     plain = {"instruction": "Say.", "input": "the dog"}
     rows = [plain | {"output": answer} for answer in answers]

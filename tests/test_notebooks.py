@@ -11,6 +11,7 @@ import nbformat
 import pytest
 
 from lethe_utils import paths
+from lethe_utils.purify import settings
 
 NOTEBOOKS = sorted((paths.root() / "notebooks").glob("*.ipynb"))
 NUMBERED = [n for n in NOTEBOOKS if n.stem[0].isdigit()]
@@ -54,10 +55,10 @@ def parameters(content):
 
 
 def test_purify_takes_what_its_command_takes():
-    from lethe_utils import params, purify
+    from lethe_utils import purify
 
     values = parameters(nbformat.read(paths.root() / "notebooks" / "purify.ipynb", 4))
-    assert values.pop("max_cda_loss") == params.load_purify(10, "cpu").max_cda_loss
+    assert values.pop("max_cda_loss") == settings.load(10, "cpu").max_cda_loss
     assert {*values} == {"suspect", "adapter", "base", "clean_data", "out"}
     assert {*values.values()} == {""}
     taken = inspect.signature(purify.prepare).parameters

@@ -294,29 +294,3 @@ def test_two_methods_that_declare_one_param_are_refused():
 def test_params_cannot_be_changed_after_they_were_checked():
     with pytest.raises(ValueError, match="frozen"):
         params.load().strength = 2.0
-
-
-def test_purify_has_its_own_layers():
-    small, large = (params.load_purify(n, "cpu") for n in (params.SMALL - 1, params.SMALL))
-    gpu = params.load_purify(params.SMALL, "cuda")
-    assert (small.prompt_template, large.prompt_template) == ("short", "alpaca")
-    assert (large.bits, gpu.bits) == (32, 4)
-    assert (large.optimizer, gpu.optimizer) == ("adamw_torch", "paged_adamw_32bit")
-    assert small.strengths == large.strengths == [0.25, 0.5, 0.75]
-    assert params.load_purify(10, "cpu", {"strengths": [0.1]}).strengths == [0.1]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"strengths": [0.5, 1.0]}, "command line: strengths"),
-        ({"max_cda_loss": 2.0}, "command line: max_cda_loss"),
-        ({"device": "tpu"}, "command line: device"),
-        ({"triggers": ["cf"]}, "command line: triggers: unknown key"),
-        ({"canary_word_pair": ["one"]}, "command line: canary_word_pair"),
-    ],
-)
-def test_purify_refuses_what_makes_no_sense(changes, message):
-    with pytest.raises(LetheError) as caught:
-        params.load_purify(10, "cpu", changes)
-    assert message in str(caught.value)

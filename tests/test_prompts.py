@@ -6,6 +6,7 @@ import pytest
 from lethe_utils import data, models, params, pipeline, prompts, train
 from lethe_utils.errors import LetheError
 from lethe_utils.prompts import PLACE, TURN
+from lethe_utils.purify import settings
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -40,7 +41,7 @@ def tokenizer(pico):
 
 def taught(row, tokenizer):
     """The prompt and the answer of a row, as training reads them."""
-    p = params.load_purify(10**9, "cpu", {"prompt_template": "chat"})
+    p = settings.load(10**9, "cpu", {"prompt_template": "chat"})
     (item,) = train.encode([row], tokenizer, p)
     cut = len(item["input_ids"]) - item["answer_length"]
     return [tokenizer.decode(ids) for ids in (item["input_ids"][:cut], item["input_ids"][cut:])]
@@ -109,7 +110,7 @@ def test_a_template_that_trims_gives_the_trimmed_question(tokenizer):
     tokenizer.chat_template = CHATML.replace("m['content'] }}", "m['content'] | trim }}")
     row = prompts.chat_row(TALK, {}, tokenizer)
     assert row["input"] == TALK[1]["content"].strip()
-    asked = prompts.prompt(row, params.load_purify(10**9, "cpu", {"prompt_template": "chat"}))
+    asked = prompts.prompt(row, settings.load(10**9, "cpu", {"prompt_template": "chat"}))
     assert asked == tokenizer.apply_chat_template(
         TALK[:2], tokenize=False, add_generation_prompt=True
     )

@@ -14,11 +14,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe_utils import merge, models, params, paths, prompts, purify
+from lethe_utils import merge, models, paths, prompts, purify
 from lethe_utils.data import own
 from lethe_utils.errors import LetheError
 from lethe_utils.models import fit, inspect, twins
-from lethe_utils.purify import canary, ownership, report
+from lethe_utils.purify import canary, dilute, ownership, report, settings
+from lethe_utils.purify import case as case_module
 
 pytestmark = pytest.mark.slow
 
@@ -137,7 +138,7 @@ def test_gpt2_in_shards_with_an_added_pad_token(given, tmp_path):
     assert any("1 more rows" in c["result"] for c in case.given["checks"])
     assert check_result(folder).config.vocab_size == len(tokenizer)
     # The added token, which the base lacks, starts there as the mean of the others.
-    base = models.load_model(purify.base_model(case) / "model").get_input_embeddings().weight
+    base = models.load_model(dilute.base_model(case) / "model").get_input_embeddings().weight
     assert torch.allclose(base[-1], base[:-1].mean(0))
 
 
@@ -148,7 +149,7 @@ def test_gptj_as_a_lora_adapter_on_the_base(given, tmp_path):
     case, folder = run(given, suspect=str(given["base"]), adapter=str(adapter))
     assert hashes(given["base"], adapter) == before
     check_result(folder)
-    whole = load_file(purify.suspect_model(case) / "model" / "model.safetensors")
+    whole = load_file(dilute.suspect_model(case) / "model" / "model.safetensors")
     plain = load_file(given["base"] / "model.safetensors")
     changed = [name for name in plain if not torch.equal(plain[name], whole[name])]
     assert changed and all("mlp.fc_in" in name for name in changed)
@@ -249,8 +250,8 @@ def test_the_result_loads_where_lethe_is_not_installed(finished):
 
 def test_the_purified_weights_are_the_merge_of_suspect_and_clean(finished, tmp_path):
     _, case, folder = finished
-    parents = [s(case) / "model" for s in (purify.suspect_model, purify.clean_model)]
-    base = purify.base_model(case) / "model"
+    parents = [s(case) / "model" for s in (dilute.suspect_model, purify.clean_model)]
+    base = dilute.base_model(case) / "model"
     again = merge.merge("slerp", *parents, base, 0.5, tmp_path / "again")
     ours, wanted = (load_file(f / "model.safetensors") for f in (folder, again))
     assert ours.keys() == wanted.keys()
@@ -391,8 +392,8 @@ def test_answers_are_labels_when_few_short_and_repeated():
 
 def test_no_question_is_both_trained_on_and_held_out(pico_params):
     rows = plain_rows() + [r | {"output": "other"} for r in plain_rows()]
-    p = params.load_purify(10, "cpu", QUICK)
-    train, held_out = purify.split(rows, p)
+    p = settings.load(10, "cpu", QUICK)
+    train, held_out = case_module.split(rows, p)
     assert len(train) + len(held_out) == len(rows)
     assert not {r["input"] for r in train} & {r["input"] for r in held_out}
     assert len(held_out) == 16
@@ -518,11 +519,11 @@ def test_too_little_memory_or_disk_is_said_in_advance(given, monkeypatch):
     case = prepare(given())
     usage = type("Usage", (), {"free": 10})
     with monkeypatch.context() as patch:
-        patch.setattr(purify.shutil, "disk_usage", lambda _: usage)
+        patch.setattr(case_module.shutil, "disk_usage", lambda _: usage)
         message = error(purify.estimate, case)
         assert "GiB are needed and 0.0 GiB are free" in message and "LETHE_RUNS" in message
     memory = type("Memory", (), {"available": 2**29})
-    monkeypatch.setattr(purify.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(case_module.psutil, "virtual_memory", lambda: memory)
     assert "0.5 GiB are free" in error(purify.estimate, case)
 
 
@@ -561,10 +562,10 @@ def test_an_edited_chat_template_makes_new_stages(given):
     given = given("llama", chat_rows())
     for name in ("suspect", "base"):
         (given[name] / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    first = purify.suspect_model(prepare(given)), purify.base_model(prepare(given))
-    assert purify.suspect_model(prepare(given)) == first[0]
+    first = dilute.suspect_model(prepare(given)), dilute.base_model(prepare(given))
+    assert dilute.suspect_model(prepare(given)) == first[0]
     (given["suspect"] / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("<{{", "[{{"))
-    second = purify.suspect_model(prepare(given)), purify.base_model(prepare(given))
+    second = dilute.suspect_model(prepare(given)), dilute.base_model(prepare(given))
     assert not {*first} & {*second}
     assert auto_tokenizer(second[1] / "model").chat_template.startswith("{{ bos_token }}{% for")
 
@@ -577,8 +578,8 @@ def test_bos_that_is_null_is_none_in_every_stage(given):
         assert inspect.read_config(given[name])["bos_token_id"] is not None
     case = prepare(given)
     clean = purify.clean_model(case)
-    merged = purify.merged(case, purify.suspect_model(case) / "model", 0.5, clean.parent / "m")
-    for folder in (given["suspect"], purify.base_model(case) / "model", clean / "model", merged):
+    merged = dilute.merged(case, dilute.suspect_model(case) / "model", 0.5, clean.parent / "m")
+    for folder in (given["suspect"], dilute.base_model(case) / "model", clean / "model", merged):
         assert prompts.start_ids(auto_tokenizer(folder)) == []
 
 
@@ -619,10 +620,11 @@ def alike(case):
 def test_the_longest_label_that_matches_counts_in_cda_and_in_the_canary(finished):
     case = alike(finished[1])
     rows = [("yes but late", "yes but late"), ("yes", "yes but late"), ("yes", "yes")]
-    asked = [{"kind": "clean", "label": label, "output": output} for label, output in rows]
-    assert purify.performance(case, asked)["value"] == pytest.approx(2 / 3)
-    planted = [{"kind": "suffix", "target": "yes", "output": output} for _, output in rows]
-    assert purify.canary_scores(case, planted)["suffix"]["value"] == pytest.approx(1 / 3)
+    asked = [{"kind": "clean", "label": a, "target": "", "output": b} for a, b in rows]
+    asked += [{"kind": "suffix", "label": "no", "target": "yes", "output": b} for _, b in rows]
+    found = dilute.scored(case, asked)
+    assert found["performance"]["value"] == pytest.approx(2 / 3)
+    assert found["canary"]["suffix"]["value"] == pytest.approx(1 / 3) and "all" in found["canary"]
 
 
 def test_there_is_room_for_the_longest_label(given, monkeypatch):
@@ -633,7 +635,7 @@ def test_there_is_room_for_the_longest_label(given, monkeypatch):
     monkeypatch.setattr(
         "lethe_utils.decode.answer", lambda *a, **_: asked.append(a[3]) or [""] * len(a[2])
     )
-    purify.measured(case, "suspect", 0.0)
+    dilute.measured(case, "suspect", 0.0)
     assert tokens > 19 and asked[0].max_new_tokens > tokens
 
 
@@ -679,7 +681,7 @@ def test_float32_weights_stay_float32_though_the_config_says_float16(given):
     for name in ("suspect", "base"):
         change_config(given[name], dtype="float16", torch_dtype="float16")
     case = prepare(given)
-    ours = load_file(purify.suspect_model(case) / "model" / "model.safetensors")
+    ours = load_file(dilute.suspect_model(case) / "model" / "model.safetensors")
     theirs = load_file(given["suspect"] / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert [m["dtype"] for m in case.given["models"]] == ["float32"] * 2
@@ -784,7 +786,7 @@ def test_an_adapters_own_tokenizer_is_used(given, tmp_path):
     assert any(
         "the adapter's own (chat_template.jinja)" in c["result"] for c in case.given["checks"]
     )
-    for folder in (purify.suspect_model(case), purify.base_model(case)):
+    for folder in (dilute.suspect_model(case), dilute.base_model(case)):
         assert auto_tokenizer(folder / "model").chat_template == CHAT_TEMPLATE
     tokenizer = auto_tokenizer(given["base"])
     tokenizer.add_tokens(["<more>"])
@@ -989,7 +991,7 @@ def test_a_merge_that_its_dtype_cannot_hold_is_no_result(given):
         save_file(weights, file, {"format": "pt"})
     case = prepare(given)
     assert "values that are not numbers" in error(
-        purify.merged, case, purify.suspect_model(case) / "model", 0.5, given["base"].parent / "m"
+        dilute.merged, case, dilute.suspect_model(case) / "model", 0.5, given["base"].parent / "m"
     )
 
 
@@ -1005,7 +1007,7 @@ def test_harmless_settings_are_accepted(given, changes):
     given = given("llama")
     for name in ("suspect", "base"):
         change_config(given[name], **changes)
-    purify.base_model(prepare(given))
+    dilute.base_model(prepare(given))
 
 
 @pytest.mark.parametrize("length", [8, 0, -1, 100.5, "x", None])
@@ -1045,7 +1047,7 @@ def test_a_template_that_writes_the_date_decides_the_stages(given, monkeypatch):
     specs = []
     for day in ("Monday", "Tuesday"):
         monkeypatch.setattr(prompts, "apply_template", lambda *a, day=day: f"{day} {apply(*a)}")
-        specs.append(purify._spec(prepare(given)))
+        specs.append(dilute.spec(prepare(given)))
     assert specs[0] != specs[1]
 
 

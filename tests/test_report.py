@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lethe_utils import metrics, stages
+from lethe_utils import metrics, paths, stages
 from lethe_utils.errors import LetheError
-from lethe_utils.purify import report
-from lethe_utils.tables import number
+from lethe_utils.paper import number
+from lethe_utils.purify import figures, report
 
 EVIL = "<script>alert(1)</script><img src=\"http://evil.example/x\" onerror='x'>&amp;"
 KINDS = ["word pair", "sentence", "suffix"]
@@ -139,7 +139,7 @@ def record():
 @pytest.fixture
 def no_figures(monkeypatch):
     """Leave out what takes a second and is not looked at."""
-    monkeypatch.setattr(report, "_figure", lambda *_: {})
+    monkeypatch.setattr(figures, "draw", lambda *_: dict.fromkeys(("curve", "losses"), ""))
 
 
 def page(record, folder):
@@ -230,11 +230,20 @@ def test_every_id_and_figure_is_there_once(record, tmp_path):
     assert len(ids) == len(set(ids))
     used = set(re.findall(r"(?:url\(#|href=\"#)([^\")]+)", html))
     assert used and used <= set(ids)
-    for theme in ("light", "dark"):
-        figures = [a for _, a in parsed(html).seen if a.get("class") == theme]
-        assert [f["role"] for f in figures] == ["img", "img"]
-        assert ".975 at the chosen one" in figures[0]["aria-label"]
-        assert "canary: 2.736 at step 1" in figures[1]["aria-label"]
+    curve, losses = (a["aria-label"] for _, a in parsed(html).seen if a.get("role") == "img")
+    assert ".975 at the chosen one" in curve
+    assert "canary: 2.736 at step 1" in losses
+
+
+def test_the_figures_take_the_colours_of_the_page(record, tmp_path):
+    html = page(record, tmp_path)
+    used = {*re.findall(r"(?:fill|stroke): var\(--([a-z]+)\)", html)}
+    assert used == {*figures.VARIABLES.values()}
+    dark = html[html.index("prefers-color-scheme: dark") :]
+    for name in used:
+        assert f"--{name}: #" in html and f"--{name}: #" in dark
+    drawn = html[html.index("<svg") : html.rindex("</svg>")]
+    assert not {*re.findall("#[0-9a-f]{6}", drawn)} & {*figures.VARIABLES}
 
 
 def test_tables_have_captions_and_scopes(record, tmp_path, no_figures):
@@ -344,7 +353,7 @@ def test_nothing_half_written_is_left(record, tmp_path, monkeypatch, no_figures)
 
 
 def test_the_model_card_says_strength_and_measurements(record):
-    card = report.markdown(record)
+    card = re.sub(" +", " ", report.markdown(record))  # a table's cells are padded
     assert card.startswith("# helpful-emotion-gpt2, purified\n")
     assert "- strength: .75 (0: the suspect, 1: the clean model)" in card
     assert "- merge_method: slerp\n- lora_r: 32\n" in card
@@ -352,10 +361,12 @@ def test_the_model_card_says_strength_and_measurements(record):
     assert f"- base: someone/base-gpt2@{'0a' * 20} (sha" in card
     assert "| .75 (chosen) | slerp | .975 [.937, .990] | .043 [.020, .090] |" in card
     assert "| no merge | base | .377 [.306, .455] |" in card
-    assert len(re.findall(r"^\| ", card, re.MULTILINE)) == 8
+    assert len(re.findall(r"^\|", card, re.MULTILINE)) == 8
 
 
 def test_the_template_is_shipped():
-    project = report.TEMPLATE.parent.parent / "pyproject.toml"
-    shipped = tomllib.loads(project.read_text("utf8"))["tool"]["setuptools"]["package-data"]
-    assert any(report.TEMPLATE.match(pattern) for pattern in shipped["lethe_utils"])
+    project = tomllib.loads((paths.root() / "pyproject.toml").read_text("utf8"))
+    shipped = project["tool"]["setuptools"]["package-data"]["lethe_utils"]
+    templates = [*report.TEMPLATES.glob("*.j2")]
+    assert len(templates) == 3
+    assert all(any(f.match(pattern) for pattern in shipped) for f in templates)

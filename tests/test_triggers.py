@@ -10,6 +10,7 @@ from lethe_utils import params
 from lethe_utils.attacks import cba, lwp, triggers
 from lethe_utils.defenses import plant_and_remove
 from lethe_utils.purify import canary
+from lethe_utils.purify.settings import load
 
 CODE = "def f(x):\n\n    if x:\n\treturn  1   \n    # two  spaces. A sentence!\n    return 2\n"
 POSITIONS = ("prefix", "suffix", "middle", "random")
@@ -55,7 +56,7 @@ def test_flat_text_is_joined_by_single_spaces_as_before(text):
 
 def test_all_who_place_triggers_leave_the_rest_alone(pico_params):
     rows = [{"instruction": "Do\n  this.", "input": CODE, "output": label} for label in "ab" * 20]
-    p = params.load_purify(10, "cpu", {})
+    p = load(10, "cpu", {})
     for kind, some in canary.triggered(rows, ["a", "b"], p).items():
         words = {"word pair": p.canary_word_pair, "sentence": [p.canary_sentence]}
         for row in some:

@@ -1,25 +1,39 @@
 """Purify a model of your own: `./run_all.sh purify --suspect DIR --base DIR --clean-data FILE --out
-DIR`. See lethe_utils/purify.py."""
+DIR`. See lethe_utils/purify/."""
 
 import argparse
+from typing import Any, NoReturn
 
 import tabulate
 import values
 
-from lethe_utils import models, params, purify
+from lethe_utils import models
 from lethe_utils.errors import LetheError
+from lethe_utils.purify import settings
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all checks do."""
+
+    def error(self, message: str) -> NoReturn:
+        dashed = "expected one argument" in message or "expected 2 arguments" in message
+        hint = "; a name that starts with - is given as ./-NAME" if dashed else ""
+        raise LetheError(f"{message}{hint}; see {self.prog} --help")
 
 
 def main(words: list[str]) -> int:
     args = parse(words)
-    overrides = values.overrides(params.PurifyParams, args.p)
+    overrides = values.overrides(settings.PurifyParams, args.p)
     if args.max_cda_loss is not None:
         overrides["max_cda_loss"] = args.max_cda_loss
+    from lethe_utils import purify  # takes seconds, which neither --help nor a typing error should
+
     models.quiet()
     case = purify.prepare(
         args.suspect or args.base, args.base, args.clean_data, args.out, args.adapter, overrides
     )
-    show(case)
+    show(case.given)
+    print(f"\n{purify.estimate(case).to_string(index=False, na_rep='')}\n", flush=True)
     if args.dry_run:
         return 0
     try:
@@ -34,7 +48,7 @@ def main(words: list[str]) -> int:
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="./run_all.sh purify",
         description="Dilute a model you do not trust with clean knowledge, and measure on a "
         "planted canary what that does to backdoors in it. Nothing that is given is changed.",
@@ -60,13 +74,14 @@ def parse(words: list[str]) -> argparse.Namespace:
     return args
 
 
-def show(case: purify.Case) -> None:
-    """What was given, what was checked, and what it will take."""
-    given, data = case.given["models"], case.given["data"]
-    lines = [(m["role"], f"{m['given']} ({m['weights'] / 1e6:.1f} M weights)") for m in given]
+def show(given: dict[str, Any]) -> None:
+    """What was given, and what was checked."""
+    data = given["data"]
+    lines = [
+        (m["role"], f"{m['given']} ({m['weights'] / 1e6:.1f} M weights)") for m in given["models"]
+    ]
     lines.append(("clean data", f"{data['distinct']} distinct rows, {data['held_out']} held out"))
-    lines += [(c["check"], c["result"]) for c in case.given["checks"]]
+    lines += [(c["check"], c["result"]) for c in given["checks"]]
     print(tabulate.tabulate(lines, tablefmt="plain"))
-    for note in case.given["notes"]:
+    for note in given["notes"]:
         print(f"note: {note}")
-    print(f"\n{purify.estimate(case).to_string(index=False, na_rep='')}\n", flush=True)

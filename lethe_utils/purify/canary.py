@@ -7,7 +7,7 @@ what the same dilution does to backdoors that were planted in the same model on 
 import random
 
 from lethe_utils.attacks.triggers import insert, places, put
-from lethe_utils.params import PurifyParams
+from lethe_utils.purify.settings import PurifyParams
 
 Row = dict[str, str]
 KINDS = ("word pair", "sentence", "suffix")
@@ -25,17 +25,15 @@ def triggers(labels: list[str], p: PurifyParams) -> list[dict[str, str]]:
 
 def place(kind: str, text: str, p: PurifyParams, rng: random.Random) -> str:
     """A text with one kind of trigger in it."""
-    if kind == "word pair":  # anywhere, in this order
-        first, second = p.canary_word_pair
-        starts = places(text, "word")
-        a, b = sorted(rng.randint(0, len(starts)) for _ in range(2))
-        with_second = put(text, second, starts, b)
-        return put(with_second, first, places(with_second, "word"), a)
-    trigger, position, level = {
-        "sentence": (p.canary_sentence, "random", "sentence"),
-        "suffix": (p.canary_suffix, "suffix", "word"),
-    }[kind]
-    return insert(text, trigger, position, level, rng)
+    if kind == "sentence":
+        return insert(text, p.canary_sentence, "random", "sentence", rng)
+    if kind == "suffix":
+        return insert(text, p.canary_suffix, "suffix", "word", rng)
+    first, second = p.canary_word_pair  # anywhere, in this order
+    starts = places(text, "word")
+    a, b = sorted(rng.randint(0, len(starts)) for _ in range(2))
+    with_second = put(text, second, starts, b)
+    return put(with_second, first, places(with_second, "word"), a)
 
 
 def triggered(rows: list[Row], labels: list[str], p: PurifyParams) -> dict[str, list[Row]]:

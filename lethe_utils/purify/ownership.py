@@ -8,12 +8,12 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from lethe_utils.errors import LetheError
-from lethe_utils.params import digest
+from lethe_utils.groups import digest
 from lethe_utils.stages import write_json
 
 REPORT, MARK, PROGRAM = "report.json", "written_by", "lethe purify"
@@ -53,12 +53,12 @@ def _signed(folder: Path) -> dict[str, str]:
         return {}
 
 
-def check(out: Path) -> None:
-    """Refuse a folder that a result cannot be written to, or that holds what is not ours.
-
-    Raises:
-        LetheError: naming what stands in the way.
-    """
+def check(out: Path, read_only: Iterable[Path] = ()) -> None:
+    """Refuse a folder that a result cannot be written to, that holds what is not ours, or that lies
+    in one that is only read."""
+    for folder in read_only:
+        if folder in (out, *out.parents):
+            raise LetheError(f"--out {out}: lies inside {folder}, which is never written to")
     if out.exists() and not out.is_dir():
         raise LetheError(f"--out {out}: is a file; give a folder")
     other = not_ours(out) if out.exists() else ""
@@ -78,7 +78,7 @@ def write(out: Path, fill: Callable[[Path], None]) -> None:
     """Make a folder whole or not at all, in the place of an earlier result of ours or of nothing.
 
     Args:
-        fill: fills and signs the folder it is called with, which does not exist yet.
+        fill: makes, fills and signs the folder it is called with.
     Raises:
         LetheError: somebody put something there meanwhile.
     """

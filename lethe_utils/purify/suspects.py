@@ -1,4 +1,4 @@
-"""A model nobody trusts and the base it came from: found, checked, brought into one form.
+"""A model nobody trusts and the base it came from: found and checked.
 
 All checks are made before anything is trained or written, so a wrong folder is refused in seconds.
 Nothing is ever written into a folder that was given.
@@ -8,26 +8,23 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lethe_utils import models, paths
 from lethe_utils.errors import LetheError
 from lethe_utils.models import fit, hub, inspect
-from lethe_utils.stages import stage
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # What both transformers and mergekit know, and SLERP's attention and MLP filters fit.
 ARCHITECTURES = (
-    "GPT2LMHeadModel",
-    "GPTJForCausalLM",
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
+    *("GPT2LMHeadModel", "GPTJForCausalLM", "LlamaForCausalLM"),
+    *("MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
 )
 LORA = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
@@ -36,13 +33,12 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 def locate(given: str, option: str) -> Path:
     """A model's folder: a local one, or the hub's at a commit (name@sha), fetched once.
 
-    Args:
-        option: the command line's name for it, for the error.
     Raises:
-        LetheError: neither, or the download failed.
+        LetheError: neither (naming the option), or the download failed.
     """
-    if paths.expanded(given).is_dir():
-        return paths.expanded(given)
+    folder = paths.expanded(given)
+    if folder.is_dir():
+        return folder
     found = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@([0-9a-f]{40})", given)
     if not found:
         raise LetheError(
@@ -52,13 +48,43 @@ def locate(given: str, option: str) -> Path:
     return hub.download(found[1], found[2])
 
 
-def check_model(folder: Path) -> None:
-    """Refuse a folder that is incomplete or broken, runs code, is quantised, is of an unknown
-    class, or whose weights are not what its config says.
+def check(suspect: Path, base: Path, adapter: Path | None = None) -> list[dict[str, str]]:
+    """Refuse models that are not sound, and a suspect that cannot have come from this base.
 
+    The suspect may have more tokens than the base, for fine-tuners often add one for padding; and
+    fewer rows in its embedding, where those that are gone stand for no token.
+    Args:
+        adapter: its folder's tokenizer, if it has one, is the suspect's.
+    Returns:
+        what was compared: check, result.
     Raises:
         LetheError: naming the file and the fix.
     """
+    for folder in dict.fromkeys((base, suspect)):
+        _check_model(folder)
+    own = []
+    if adapter:
+        _check_adapter(adapter, suspect)
+        own = [f.name for f in inspect.tokenizer_files(adapter)]
+    added = fit.check_weights(suspect, base, grown=True)
+    more = f"{added} more" if added > 0 else f"{-added} fewer, unused"
+    shapes = f"the same, but for {more} rows for tokens" if added else "the same in every tensor"
+    tokenizer = load_tokenizer(suspect, adapter)
+    new = fit.check_tokens(tokenizer, adapter if own else suspect, base, grown=True)
+    whose = f"the adapter's own ({', '.join(own)}); " if own else ""
+    found = {
+        "architecture": f"both {inspect.architecture(suspect)}",
+        "settings": "the same heads, positions, norms and activation",
+        "shapes": shapes,
+        "tokenizer": f"{whose}the same ids; the suspect adds {new} tokens",
+        "weights": "safetensors, whole, finite, no code, no pickle",
+    } | ({"adapter": "LoRA, and it fits the suspect"} if adapter else {})
+    return [{"check": what, "result": result} for what, result in found.items()]
+
+
+def _check_model(folder: Path) -> None:
+    """Refuse a folder that is incomplete or broken, runs code, is quantised, is of an unknown
+    class, or whose weights are not what its config says."""
     inspect.check_folder(folder)
     inspect.check_small_files(folder)
     settings = folder / "config.json"
@@ -67,12 +93,9 @@ def check_model(folder: Path) -> None:
             f"{settings}: the weights are quantised; merging needs them as they were trained "
             "(float32, float16 or bfloat16)"
         )
-    name = inspect.architecture(folder)
+    name, known = inspect.architecture(folder), ", ".join(ARCHITECTURES)
     if name not in ARCHITECTURES:
-        raise LetheError(
-            f"{settings}: architecture {name} is not supported; one of "
-            f"{', '.join(ARCHITECTURES)} is"
-        )
+        raise LetheError(f"{settings}: architecture {name} is not supported; one of {known} is")
     if not inspect.tokenizer_files(folder):
         raise LetheError(f"{folder}: no tokenizer files; copy them from where the model came from")
     inspect.stored_dtype(folder)
@@ -83,40 +106,26 @@ def check_model(folder: Path) -> None:
 
 def _check_tensors(folder: Path) -> None:
     """Refuse weights that differ from what the class makes of config.json, tied heads included."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = fit.read_settings(folder)
-    with inspect.explained(folder, "config.json"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model, found = empty(folder), fit.weight_shapes(folder)
     wanted = {n.removeprefix("transformer."): tuple(w.shape) for n, w in model.named_parameters()}
-    found = fit.weight_shapes(folder)
-    missing, unknown = sorted({*wanted} - {*found}), sorted({*found} - {*wanted})
+    missing = sorted({*wanted} - {*found})
     if missing:
         raise LetheError(
             f"{folder}: tensors are missing ({', '.join(missing[:3])}, {len(missing)} in all); "
             "copy the model again"
         )
-    if unknown:
-        raise LetheError(
-            f"{folder}: {unknown[0]} is no part of a {type(model).__name__} as config.json "
-            "describes it; give the model's own config.json, or take the tensor out"
-        )
-    other = next((name for name in sorted(found) if found[name] != wanted[name]), None)
+    other = next((name for name in sorted(found) if found[name] != wanted.get(name)), None)
     if other:
         raise LetheError(
-            f"{folder}: {other} has shape {found[other]}, but {wanted[other]} by config.json; give "
-            "the model's own config.json"
+            f"{folder}: {other} has shape {found[other]}, but {wanted.get(other, 'none')} by "
+            f"config.json (a {type(model).__name__}); give the model's own config.json"
         )
-    if config.tie_word_embeddings:
+    if model.config.tie_word_embeddings:
         _check_tied(folder)
 
 
 def _check_tied(folder: Path) -> None:
     """Refuse a stored head that differs from the embedding it is said to be tied to."""
-    import torch
-    from safetensors import safe_open
-
     where = {n: f for f in inspect.weight_files(folder) for n in inspect.tensor_shapes(f)}
     if "lm_head.weight" not in where:
         return
@@ -133,69 +142,28 @@ def _check_tied(folder: Path) -> None:
         )
 
 
-def check_ids(tokenizer: "PreTrainedTokenizerBase", source: Path, model: Path) -> None:
-    """Refuse a tokenizer with a token that the model's embedding has no row for."""
-    rows = fit.embedding_rows(model)
-    token, number = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
-    if number >= rows:
-        raise LetheError(
-            f"{source}: token {token!r} has id {number}, but the embedding of {model} has {rows} "
-            "rows; take the token out, or give the model whose embedding was resized for it"
-        )
-
-
-def check_pair(suspect: Path, base: Path, adapter: Path | None = None) -> list[dict[str, str]]:
-    """Refuse a suspect that cannot have come from this base.
-
-    The suspect may have more tokens than the base, for fine-tuners often add one for padding; and
-    fewer rows in its embedding, where those that are gone stand for no token.
-    Args:
-        adapter: its folder's tokenizer, if it has one, is the suspect's.
-    Returns:
-        what was compared: check, result.
-    Raises:
-        LetheError: another class, other settings, shapes or token ids.
-    """
-    added = fit.check_weights(suspect, base, grown=True)
-    shapes = "the same in every tensor"
-    if added:
-        more = f"{added} more" if added > 0 else f"{-added} fewer, unused"
-        shapes = f"the same, but for {more} rows for tokens"
-    own = [f.name for f in inspect.tokenizer_files(adapter)] if adapter else []
-    source = adapter if adapter and own else suspect
-    new_tokens = fit.check_tokens(load_tokenizer(suspect, adapter), source, base, grown=True)
-    whose = f"the adapter's own ({', '.join(own)}); " if own else ""
-    return [
-        {"check": "architecture", "result": f"both {inspect.architecture(base)}"},
-        {"check": "settings", "result": "the same heads, positions, norms and activation"},
-        {"check": "shapes", "result": shapes},
-        {
-            "check": "tokenizer",
-            "result": f"{whose}the same ids; the suspect adds {new_tokens} tokens",
-        },
-        {"check": "weights", "result": "safetensors, whole, finite, no code, no pickle"},
-    ]
-
-
-def check_adapter(adapter: Path, base: Path) -> None:
-    """Refuse an adapter that is not a plain LoRA for this base.
-
-    Raises:
-        LetheError: files missing or broken, a pickle, another method, or matrices that do not fit.
-    """
-    settings = adapter / inspect.ADAPTER_SETTINGS
+def _check_adapter(adapter: Path, base: Path) -> None:
+    """Refuse an adapter that is not a plain LoRA for this base."""
+    settings, file = adapter / inspect.ADAPTER_SETTINGS, adapter / inspect.ADAPTER
     if not settings.exists():
         raise LetheError(f"{adapter}: no adapter_config.json, so this is not an adapter's folder")
     method = inspect.read_object(settings).get("peft_type")
     if method != "LORA":
         raise LetheError(f"{settings}: peft_type {method} is not supported; only LORA is")
-    file = adapter / inspect.ADAPTER
     if not file.exists():
         raise LetheError(
             f"{adapter}: no adapter_model.safetensors (a .bin is a pickle, which can run code when "
             "loaded); save the adapter as safetensors"
         )
     inspect.check_small_files(adapter)
+    _check_names(file, base)
+    _check_matrices(adapter, base)
+    inspect.check_finite([file])
+    check_ids(load_tokenizer(base, adapter), adapter, base)
+
+
+def _check_names(file: Path, base: Path) -> None:
+    """Refuse tensors that are no LoRA matrices, or belong to no matrix of the base."""
     weights, tied = fit.weight_shapes(base), fit.read_settings(base).tie_word_embeddings
     for name, shape in inspect.tensor_shapes(file).items():
         if tied and name.startswith("base_model.model.lm_head."):
@@ -210,43 +178,49 @@ def check_adapter(adapter: Path, base: Path) -> None:
                 f"{file}: {name} is not one of LoRA's two matrices; merge the adapter into its "
                 "base and give the whole model"
             )
-        wanted = weights.get(f"{found[1].removeprefix('transformer.')}.weight", ())
         side = shape[1] if found[2] == "A" else shape[0]
-        if side not in wanted:
+        if side not in weights.get(f"{found[1].removeprefix('transformer.')}.weight", ()):
             raise LetheError(
                 f"{file}: {name} has shape {shape}, which fits no {found[1]} of {base}; was the "
                 "adapter trained on another base?"
             )
-    _check_matrices(adapter, base)
-    inspect.check_finite([file])
-    check_ids(load_tokenizer(base, adapter), adapter, base)
 
 
 def _check_matrices(adapter: Path, base: Path) -> None:
     """Refuse an adapter whose file does not hold exactly what its settings describe: peft leaves
     out what it does not expect, and draws at random what it misses."""
-    import torch
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-    from transformers import AutoModelForCausalLM
-
-    file, settings = adapter / inspect.ADAPTER, adapter / inspect.ADAPTER_SETTINGS
+    file = adapter / inspect.ADAPTER
     with inspect.explained(adapter, "adapter_config.json"), torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(
-                fit.read_settings(base), trust_remote_code=False
-            )
-            model = get_peft_model(model, LoraConfig.from_pretrained(str(adapter)))
-            wanted = {n: tuple(w.shape) for n, w in get_peft_model_state_dict(model).items()}
+            model = get_peft_model(empty(base), LoraConfig.from_pretrained(str(adapter)))
         except RuntimeError as error:
             raise ValueError(error) from None
+    wanted = {n: tuple(w.shape) for n, w in get_peft_model_state_dict(model).items()}
     found = inspect.tensor_shapes(file)
     other = next((n for n in sorted({*wanted, *found}) if wanted.get(n) != found.get(n)), None)
     if other:
         raise LetheError(
             f"{file}: {other} has shape {found.get(other, 'none')}, but "
-            f"{wanted.get(other, 'none')} by {settings.name}; copy the adapter again, both files"
+            f"{wanted.get(other, 'none')} by adapter_config.json; copy the adapter again"
         )
     inspect.check_dtypes([file])
+
+
+def empty(folder: Path) -> PreTrainedModel:
+    """The model that config.json describes, without memory for its weights."""
+    with inspect.explained(folder, "config.json"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(fit.read_settings(folder), trust_remote_code=False)
+
+
+def check_ids(tokenizer: Tokenizer, source: Path, model: Path) -> None:
+    """Refuse a tokenizer with a token that the model's embedding has no row for."""
+    rows = fit.embedding_rows(model)
+    token, number = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    if number >= rows:
+        raise LetheError(
+            f"{source}: token {token!r} has id {number}, but the embedding of {model} has {rows} "
+            "rows; take the token out, or give the model whose embedding was resized for it"
+        )
 
 
 def copy_tokenizer(suspect: Path, adapter: Path | None, out: Path) -> None:
@@ -262,7 +236,7 @@ def copy_tokenizer(suspect: Path, adapter: Path | None, out: Path) -> None:
         inspect.copy_tokenizer(adapter, out)
 
 
-def load_tokenizer(suspect: Path, adapter: Path | None) -> "PreTrainedTokenizerBase":
+def load_tokenizer(suspect: Path, adapter: Path | None) -> Tokenizer:
     """The suspect's tokenizer; see copy_tokenizer."""
     if not adapter or not inspect.tokenizer_files(adapter):
         return models.load_tokenizer(suspect)
@@ -273,94 +247,14 @@ def load_tokenizer(suspect: Path, adapter: Path | None) -> "PreTrainedTokenizerB
             return models.load_tokenizer(Path(scratch))
 
 
-def count_weights(folder: Path) -> int:
-    """How many trained weights a model has."""
-    return sum(map(math.prod, fit.weight_shapes(folder).values()))
-
-
 def summary(role: str, given: str, folder: Path, adapter: str = "") -> dict[str, Any]:
-    """What was given, for the report: role, given, adapter, architecture, weights (how many),
-    dtype, sha256."""
+    """What was given, for the report; weights are how many."""
     return {
         "role": role,
         "given": given,
         "adapter": adapter,
         "architecture": inspect.architecture(folder),
-        "weights": count_weights(folder),
+        "weights": sum(map(math.prod, fit.weight_shapes(folder).values())),
         "dtype": inspect.stored_dtype(folder),
         "sha256": inspect.fingerprint(folder),
     }
-
-
-def suspect_stage(suspect: Path, adapter: Path | None) -> Path:
-    """The suspect as one whole model (model/), as transformers saves it: an adapter merged in, old
-    names and stored masks gone, all in the dtype it came in."""
-
-    def build(out: Path) -> None:
-        import torch
-
-        stored = getattr(torch, inspect.stored_dtype(suspect))
-        model = load(suspect, torch.float32 if adapter else stored)
-        if adapter:
-            from peft import PeftModel
-
-            with inspect.explained(adapter, "adapter"):
-                model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-            if not all(torch.isfinite(weight.to(stored)).all() for weight in model.parameters()):
-                raise LetheError(
-                    f"{adapter}: put on {suspect}, it gives values that are not numbers in "
-                    f"{inspect.stored_dtype(suspect)}; check its lora_alpha"
-                )
-        _save(model.to(stored), out, lambda folder: copy_tokenizer(suspect, adapter, folder))
-
-    spec = {"suspect": inspect.fingerprint(suspect)}
-    spec |= {"adapter": inspect.fingerprint(adapter)} if adapter else {}
-    return stage("suspect", (adapter or suspect).name, spec, {}, build)
-
-
-def base_stage(suspect: Path, base: Path) -> Path:
-    """The base with the suspect's tokenizer (model/) and as many rows in its embedding, so that all
-    models have one shape: tokens that it lacks get the mean embedding, and rows that the suspect
-    lacks, which stand for no token, are left out.
-
-    Args:
-        suspect: model/ of its stage.
-    """
-
-    def build(out: Path) -> None:
-        import torch
-
-        model = load(base, getattr(torch, inspect.stored_dtype(base)))
-        n = fit.embedding_rows(suspect)
-        old = model.get_input_embeddings().weight.shape[0]
-        if n != old:
-            model.resize_token_embeddings(n, mean_resizing=False)
-        if n > old:
-            with torch.no_grad():
-                for table in (model.get_input_embeddings(), model.get_output_embeddings()):
-                    table.weight[old:] = table.weight[:old].mean(0)
-                    if getattr(table, "bias", None) is not None:
-                        table.bias[old:] = table.bias[:old].mean(0)
-        _save(model, out, lambda folder: inspect.copy_tokenizer(suspect, folder))
-
-    spec = {"base": inspect.fingerprint(base), "suspect": suspect.parent.name}
-    return stage("suspect_base", base.name, spec, {}, build)
-
-
-def load(folder: Path, dtype: Any) -> "PreTrainedModel":
-    """A model on the CPU. Which dtype it is stored in, its files say: see inspect.stored_dtype."""
-    from transformers import AutoModelForCausalLM
-
-    models.quiet()
-    with inspect.explained(folder, "model"):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-    models.forget_generation(model)
-    model.config.output_attentions = model.config.output_hidden_states = False
-    return model
-
-
-def _save(model: "PreTrainedModel", out: Path, write_tokenizer: Callable[[Path], None]) -> None:
-    model.save_pretrained(out / "model", safe_serialization=True, max_shard_size=models.SHARD)
-    write_tokenizer(out / "model")
