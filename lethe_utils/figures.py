@@ -82,13 +82,8 @@ def _whiskers(scored: pd.DataFrame) -> np.ndarray:
 
 
 def bars(table: pd.DataFrame) -> Figure:
-    """ASR and CDA of every defense on the test split: a panel per metric and setup.
-
-    Args:
-        table: results (metrics.COLUMNS).
-    Raises:
-        LetheError: see pooled.select, or there is no ASR or CDA.
-    """
+    """ASR and CDA of every defense on the test split: a panel per metric and setup. Raises
+    LetheError: see pooled.select, or there is no ASR or CDA."""
     rows = on_test(table)
     rows = rows[rows["metric"].isin(list(METRICS))]
     if rows.empty:
@@ -131,14 +126,8 @@ def _numbers(ax: Axes, y: np.ndarray, texts: pd.Series) -> None:
 
 
 def sweep(sweeps: pd.DataFrame, kind: str) -> Figure:
-    """ASR and CDA along one sweep, a panel per setup and merge method.
-
-    Args:
-        sweeps: metrics.SWEEP_COLUMNS.
-        kind: strength, keywords or clean_ratio.
-    Raises:
-        LetheError: another kind, no rows of it, or see pooled.select.
-    """
+    """ASR and CDA along one sweep (a key of SWEEPS), a panel per setup and merge method. Raises
+    LetheError: another kind, no rows of it, or see pooled.select."""
     if kind not in SWEEPS:
         raise LetheError(f"sweep {kind!r}: choose one of {', '.join(SWEEPS)}")
     if "sweep" not in sweeps:
@@ -163,13 +152,8 @@ def sweep(sweeps: pd.DataFrame, kind: str) -> Figure:
 
 
 def attacks(table: pd.DataFrame) -> Figure:
-    """ASR of every attack before and after Lethe beside the controls, a panel per model.
-
-    Args:
-        table: results (metrics.COLUMNS). `base` is the floor.
-    Raises:
-        LetheError: see pooled.select, or there is no ASR.
-    """
+    """ASR of every attack before and after Lethe beside the controls (`base` is the floor), a panel
+    per model. Raises LetheError: see pooled.select, or there is no ASR."""
     scored = by_full_name(on_test(table), SETUP)
     scored = scored[(scored["metric"] == "asr") & scored["defense"].isin(list(BEFORE_AFTER))]
     if scored.empty:
@@ -182,7 +166,7 @@ def attacks(table: pd.DataFrame) -> Figure:
         for ax, (title, group) in zip(axes, panels.items(), strict=True):
             for i, (name, look) in enumerate(BEFORE_AFTER.items()):
                 points = group[group["defense"] == name]
-                y = points["attack"].map(kinds.index) + (i - 2) * 0.15
+                y = [kinds.index(attack) + (i - 2) * 0.15 for attack in points["attack"]]
                 spread = {"xerr": _whiskers(points), "elinewidth": 0.8, "ms": 3}
                 ax.errorbar(points["value"], y, **spread, **look, ls="", label=name)
             ax.set_title(title)
@@ -192,13 +176,8 @@ def attacks(table: pd.DataFrame) -> Figure:
 
 
 def rank(table: pd.DataFrame) -> Figure:
-    """Every defense of one setup, a row each, by CDA - ASR: the longer the line, the better.
-
-    Args:
-        table: results (metrics.COLUMNS) of one setup.
-    Raises:
-        LetheError: see pooled.select, or no defense has both.
-    """
+    """Every defense of one setup, a row each, by CDA - ASR: the longer the line, the better. Raises
+    LetheError: see pooled.select, or no defense has both."""
     scored = by_full_name(on_test(table), SETUP)
     scored = scored[scored["metric"].isin(list(METRICS))]
     value = scored.pivot(index="defense", columns="metric", values="value").dropna()

@@ -28,6 +28,7 @@ def write(out: Path) -> Path:
     default = one_setup(table, *DEFAULT)
     first_seed = default[(default["seed"] == 0) & default["defense"].isin(CONTROLS + MERGES)]
     settings = next(p for p in released_params().values() if _setup(p) == DEFAULT)
+    t = merge.slerp_table(settings["n_layers"], [settings["strength"]])["t"]
     drops = tables.drop_table(table)
     ours = [c for c in drops if not c.startswith(PAPER)]
     shown = {
@@ -47,7 +48,7 @@ def write(out: Path) -> Path:
         {name: tables.markdown(frame) for name, frame in shown.items()},
         note=tables.tiny_note(table),
         strength=settings["strength"],
-        slerp_t=_slerp_t(settings["strength"], settings["n_layers"]),
+        slerp_t=(t.min(), t.max()),
         value=_values(scored, SETUP, "value"),
         cell=_values(scored.assign(cell=tables.cells(scored)), SETUP, "cell"),
         swept=_values(
@@ -74,11 +75,3 @@ def _values(scored: pd.DataFrame, by: list[str], column: str) -> Callable:
         return known[key]
 
     return value
-
-
-def _slerp_t(strength: float, n_layers: int) -> tuple[float, float]:
-    """The least and the largest t of a SLERP merge's blocks, attention and MLP."""
-    nowhere = Path()
-    made = merge.configuration("slerp", nowhere, nowhere, nowhere, strength, n_layers, "float32")
-    t = [value for part in made["parameters"]["t"][:-1] for value in part["value"]]
-    return min(t), max(t)

@@ -29,7 +29,7 @@ def paper_dir() -> Path:
 
 
 def released_dir() -> Path:
-    """Committed results of released runs, one folder per run."""
+    """Committed results: tables of all released runs, and one JSON a run."""
     return root() / "results"
 
 

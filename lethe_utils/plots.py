@@ -78,13 +78,8 @@ def curve(ax: Axes, line: pd.DataFrame, x: str, look: dict[str, Any]) -> None:
 
 
 def layer_effect(layers: pd.DataFrame, title: str) -> Figure:
-    """The probability of the target after each block, with and without the trigger.
-
-    Args:
-        layers: block, prompts, value, ci_low, ci_high, as evaluate.target_by_layer returns it.
-    Raises:
-        LetheError: there is no row.
-    """
+    """The probability of the target after each block, with and without the trigger; `layers` is as
+    evaluate.target_by_layer returns it. Raises LetheError when it has no row."""
     if layers.empty:
         raise LetheError("layer effect: no rows; no validation row has another label")
     with style():
@@ -100,13 +95,8 @@ def layer_effect(layers: pd.DataFrame, title: str) -> Figure:
 
 
 def loss_curve(curve: pd.DataFrame, title: str) -> Figure:
-    """Training loss against epochs, or an edit's against optimiser steps.
-
-    Args:
-        curve: step, loss (nats per token), and epoch (a training) or edit (an editing attack).
-    Raises:
-        LetheError: there is no row.
-    """
+    """Training loss against epochs, or an edit's against optimiser steps; `curve` has step, loss
+    (nats per token), and epoch or edit. Raises LetheError when it has no row."""
     if curve.empty:
         raise LetheError("loss curve: no rows; training logged nothing")
     x = "epoch" if "epoch" in curve else "step"
@@ -125,13 +115,8 @@ def loss_curve(curve: pd.DataFrame, title: str) -> Figure:
 
 
 def label_balance(balance: pd.DataFrame) -> Figure:
-    """Share of each label within each split.
-
-    Args:
-        balance: split, label, rows (a count).
-    Raises:
-        LetheError: there is no row.
-    """
+    """Share of each label within each split; `balance` has split, label, rows (a count). Raises
+    LetheError when there are no rows."""
     if not balance["rows"].sum():
         raise LetheError("label balance: no rows in any split")
     whole = balance.groupby("split", sort=False)["rows"].transform("sum")
@@ -151,13 +136,8 @@ def label_balance(balance: pd.DataFrame) -> Figure:
 
 
 def lengths(splits: dict[str, list[dict]]) -> Figure:
-    """How long the inputs are, per split.
-
-    Args:
-        splits: name -> rows with `input`.
-    Raises:
-        LetheError: there is no row.
-    """
+    """How long the inputs are, per split (name -> rows with `input`). Raises LetheError when there
+    are no rows."""
     rows = [
         {"split": f"{name} ({len(some):,} rows)", "words": len(row["input"].split())}
         for name, some in splits.items()
@@ -206,12 +186,8 @@ def ranks(table: pd.DataFrame, n_keywords: int) -> Figure:
 
 
 def slerp_curve(curve: pd.DataFrame, edited: Sequence[int] = ()) -> Figure:
-    """SLERP's t over the blocks, a panel per strength.
-
-    Args:
-        curve: block, part, strength, t, as merge.slerp_table returns it.
-        edited: blocks whose MLP an editing attack changed; they are marked.
-    """
+    """SLERP's t over the blocks, a panel per strength; `curve` is as merge.slerp_table returns it.
+    Blocks whose MLP an editing attack changed (`edited`) are marked."""
     panels = list(curve.groupby("strength", sort=False))
     looks = (COLOURS[0], "o", "-"), (COLOURS[1], "s", "--")
     with style():
@@ -232,13 +208,8 @@ def slerp_curve(curve: pd.DataFrame, edited: Sequence[int] = ()) -> Figure:
 
 
 def save(figure: Figure, folder: Path, name: str, pdf: bool = False) -> list[Path]:
-    """Write <name>.png (150 dpi) and, if asked, <name>.pdf, each whole or not at all.
-
-    The bytes depend on the figure and matplotlib's version only: no date, no program name.
-
-    Returns:
-        the files.
-    """
+    """Write <name>.png (150 dpi) and, if asked, <name>.pdf, each whole or not at all; returns them.
+    The bytes depend on the figure and matplotlib's version only: no date, no program name."""
     folder.mkdir(parents=True, exist_ok=True)
     anonymous = {"png": {"Software": None}}
     if pdf:

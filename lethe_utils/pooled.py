@@ -15,12 +15,8 @@ MERGES = ["linear", "slerp", "ties", "passthrough"]
 
 
 def select(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a results or sweeps table, checked.
+    """The rows of a results or sweeps table, checked, with their known columns only.
 
-    Args:
-        table: the columns of `metrics.COLUMNS`; sweeps have `sweep` and `x` as well.
-    Returns:
-        a copy with those columns only and numbers as numbers.
     Raises:
         LetheError: a column or a key is missing, a share or its interval is impossible, or one
             measurement is there more than once (the runs are named).
@@ -90,13 +86,9 @@ def on_test(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def pool(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """One row per (by, defense, evidence, metric): the rest (seeds) pooled over summed counts.
-
-    Returns:
-        columns by, defense, evidence, metric, name ("slerp + evidence"), value, n, ci_low,
-        ci_high, seeds (how many); setups in the order met, then plain before evidence, then
-        controls, merges, others. A measurement that stands alone keeps its own interval.
-    """
+    """One row per (by, defense, evidence, metric): the rest (seeds) pooled over summed counts, with
+    name ("slerp + evidence") and seeds (how many); setups in the order met, then plain before
+    evidence, then `in_order`. A measurement that stands alone keeps its own interval."""
     keys = [*by, "defense", "evidence", "metric"]
     groups = table.assign(hits=table["value"] * table["n"]).groupby(keys, sort=False)
     shares = ["value", "ci_low", "ci_high"]

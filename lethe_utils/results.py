@@ -79,11 +79,8 @@ def _check_setups(runs: dict[str, dict[str, Any]]) -> None:
 
 
 def load(p: Params, results_from: str) -> tuple[Measured, Path]:
-    """What 06_tables shows, and the folder its figures and tables go to.
-
-    Args:
-        results_from: "released" (the committed results, no training) or "run" (this run's own).
-    """
+    """What 06_tables shows ("released": the committed results, or the "run"'s own), and the folder
+    its figures and tables go to."""
     if results_from == "released":
         return read_released(), paths.figures_dir()
     if results_from == "run":
@@ -93,10 +90,8 @@ def load(p: Params, results_from: str) -> tuple[Measured, Path]:
 
 
 def release(run_id: str) -> Path:
-    """Copy a finished run into the released tables, in place of its earlier rows.
+    """Copy a finished run into the released tables, in place of its earlier rows; returns its JSON.
 
-    Returns:
-        the run's JSON.
     Raises:
         LetheError: the run is not finished, some of its code was not committed, or it differs in
             more than the seed from a released one of the same setup.

@@ -243,12 +243,8 @@ def headline_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def door_table(table: pd.DataFrame, sweeps: pd.DataFrame, strength: float) -> pd.DataFrame:
-    """The five rows of the README, seeds pooled: backdoored, clean alone, SLERP at the paper's
-    strength (which is measured in the sweep, on validation rows) and at `strength`, with evidence.
-
-    Args:
-        table, sweeps: of one model, data set and attack.
-    """
+    """The README's five rows of one setup, seeds pooled: backdoored, clean alone, SLERP at the
+    paper's strength (of the sweep, on validation rows) and at `strength`, and with evidence."""
     used, published = (f"{s:g}".removeprefix("0") for s in (strength, PAPERS_STRENGTH))
     names = {
         "backdoored": "backdoored, as it was handed over",
@@ -318,16 +314,12 @@ def _laid_out(frame: pd.DataFrame, style: str) -> str:
 def write(
     frame: pd.DataFrame, folder: Path, name: str, caption: str, bold: pd.DataFrame | None = None
 ) -> list[Path]:
-    """Write <name>.csv and <name>.md, each whole or not at all; the second says tiny.
-
-    Args:
-        bold: see `markdown`.
-    """
+    """Write <name>.csv and <name>.md, each whole or not at all; the second says tiny and `bold`."""
     folder.mkdir(parents=True, exist_ok=True)
-    caption = " ".join(part for part in (caption, tiny_note(frame)) if part)
+    said = f"{caption} {tiny_note(frame)}".strip()
     files = [folder / f"{name}.csv", folder / f"{name}.md"]
     write_text(files[0], frame.to_csv(index=False))
-    write_text(files[1], f"{caption}\n\n{markdown(frame, bold)}\n")
+    write_text(files[1], f"{said}\n\n{markdown(frame, bold)}\n")
     return files
 
 
@@ -339,8 +331,8 @@ def write_latex(
     style = style.format_index(escape="latex", axis="columns")
     if bold is not None:
         style = style.apply(lambda _: bold.replace({True: "textbf:--rwrap;", False: ""}), axis=None)
-    said = " ".join(part for part in (caption, tiny_note(frame)) if part)
-    said = re.sub(r"([&%$#_{}])", r"\\\1", said)  # Styler escapes cells, not the caption
+    # Styler escapes cells, not the caption.
+    said = re.sub(r"([&%$#_{}])", r"\\\1", f"{caption} {tiny_note(frame)}".strip())
     body = style.to_latex(
         hrules=True, caption=said, label=f"tab:{name}", position_float="centering"
     )

@@ -1,6 +1,9 @@
 """Released results: tidy tables of all runs; only finished runs of committed code join them."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -95,3 +98,15 @@ def test_what_is_shown_is_the_released_results_or_the_runs_own(checkout):
     assert len(measured.table) == 1 and out == folder / "figures"
     with pytest.raises(LetheError, match="neither released nor run"):
         results.load(p, "both")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], "release: give one run's name"), (["never"], "no results.csv")],
+)
+def test_the_command_says_in_one_line_what_it_cannot_release(tmp_path, words, message):
+    command = [sys.executable, paths.root() / "workflow" / "run.py", "release", *words]
+    env = os.environ | {"LETHE_RUNS": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 1 and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not done.stdout
