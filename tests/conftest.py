@@ -67,3 +67,18 @@ def pico(pico_params, tmp_path_factory):
         return made[architecture]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def purified(tmp_path_factory):
+    """(defense's module, what it is given) -> the folder it wrote; trained once for all tests."""
+    made = {}
+
+    def make(module, given):
+        key = repr((module.__name__, given))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("purified")
+            module.purify(given, made[key])
+        return made[key]
+
+    return make

@@ -113,19 +113,19 @@ QUICK = [n for n in CHANGING if n not in ("nad", "beear", "crow")]  # those: tes
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", QUICK)
 def test_it_leaves_a_loadable_finite_model_and_the_backdoored_alone(
-    given, tmp_path, name, architecture
+    given, purified, name, architecture
 ):
     g = given(architecture)
     before = {f.name: f.read_bytes() for f in g.backdoored.iterdir()}
-    defenses.module(name).purify(g, tmp_path)
+    folder = purified(defenses.module(name), g)
     assert {f.name: f.read_bytes() for f in g.backdoored.iterdir()} == before
-    assert [*(tmp_path / "model").glob("*.safetensors")]
-    made, backdoored = weights(tmp_path / "model"), weights(g.backdoored)
+    assert [*(folder / "model").glob("*.safetensors")]
+    made, backdoored = weights(folder / "model"), weights(g.backdoored)
     assert made.keys() == backdoored.keys()
     assert all(torch.isfinite(w).all() for w in made.values())
     assert any(not torch.equal(made[n], backdoored[n]) for n in backdoored)
-    assert models.load_tokenizer(tmp_path / "model")("a dog")["input_ids"]
-    assert not [f for f in tmp_path.iterdir() if f.is_dir() and f.name not in ("model", "adapter")]
+    assert models.load_tokenizer(folder / "model")("a dog")["input_ids"]
+    assert not [f for f in folder.iterdir() if f.is_dir() and f.name not in ("model", "adapter")]
 
 
 # --- Wanda
@@ -181,12 +181,9 @@ def test_the_first_blocks_scores_agree_with_a_computation_row_by_row(given, arch
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_fine_pruning_keeps_wandas_zeros(given, tmp_path, architecture):
+def test_fine_pruning_keeps_wandas_zeros(given, purified, architecture):
     g = given(architecture)
-    wanda.purify(g, tmp_path / "wanda")
-    fineprune.purify(g, tmp_path / "both")
-    pruned = models.load_model(tmp_path / "wanda/model")
-    tuned = models.load_model(tmp_path / "both/model")
+    pruned, tuned = (models.load_model(purified(m, g) / "model") for m in (wanda, fineprune))
     moved = 0
     for before, after in zip(blocks.of(pruned), blocks.of(tuned), strict=True):
         layers = zip(blocks.linear(before), blocks.linear(after), strict=True)

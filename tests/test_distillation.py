@@ -92,48 +92,46 @@ def value(loss, model, batch):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_whole_changed_model_is_left_and_the_suspect_as_it_was(
-    given, tmp_path, architecture, method
+    given, purified, architecture, method
 ):
     mine = given(architecture, **METHODS[method])
     before = {f.name: f.read_bytes() for f in mine.backdoored.iterdir()}
-    MODULES[method].purify(mine, tmp_path)
+    folder = purified(MODULES[method], mine)
     assert {f.name: f.read_bytes() for f in mine.backdoored.iterdir()} == before
     kept = {"model", "loss.csv"} | ({"adapter"} if method != "beear" else set())
     kept |= {"teacher_loss.csv"} if method == "nad" else set()  # the teacher itself is gone
-    assert {f.name for f in tmp_path.iterdir()} == kept
-    inspect.check_folder(tmp_path / "model")
+    assert {f.name for f in folder.iterdir()} == kept
+    inspect.check_folder(folder / "model")
     old, new = load_file(mine.backdoored / "model.safetensors"), {}
-    for file in (tmp_path / "model").glob("*.safetensors"):
+    for file in (folder / "model").glob("*.safetensors"):
         new |= load_file(file)
     assert {k: v.shape for k, v in new.items()} == {k: v.shape for k, v in old.items()}
     assert all(torch.isfinite(tensor).all() for tensor in new.values())
     batch = batch_of(mine.backdoored, mine.p)[2]
-    backdoored, purified = (loaded(f)[0] for f in (mine.backdoored, tmp_path / "model"))
+    backdoored, purified = (loaded(f)[0] for f in (mine.backdoored, folder / "model"))
     gap = purified(**inputs_of(batch)).logits - backdoored(**inputs_of(batch)).logits
     assert gap.abs().max() > 1e-3
-    curve = pd.read_csv(tmp_path / "loss.csv")
+    curve = pd.read_csv(folder / "loss.csv")
     assert list(curve.columns) == ["step", "epoch", "loss"] and curve["loss"].gt(0).all()
-    tokenizer = models.load_tokenizer(tmp_path / "model")
+    tokenizer = models.load_tokenizer(folder / "model")
     assert tokenizer.get_vocab() == models.load_tokenizer(mine.backdoored).get_vocab()
 
 
 @pytest.mark.parametrize("method", ["nad", "crow", "beear"])
 @pytest.mark.parametrize("architecture", ["gpt2", "gptj", "llama"])
-def test_gradient_checkpointing_changes_nothing(given, tmp_path, architecture, method):
-    for name, on in (("plain", False), ("checkpointed", True)):
-        mine = given(architecture, gradient_checkpointing=on, lora_dropout=0.0)
-        MODULES[method].purify(mine, tmp_path / name)
-    one, two = (loaded(tmp_path / n / "model")[0].state_dict() for n in ("plain", "checkpointed"))
+def test_gradient_checkpointing_changes_nothing(given, purified, architecture, method):
+    both = [given(architecture, gradient_checkpointing=on) for on in (False, True)]
+    assert both[0].p.lora_dropout == 0  # its draws may differ
+    one, two = (loaded(purified(MODULES[method], mine) / "model")[0].state_dict() for mine in both)
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("method", ["nad", "crow", "beear"])
-def test_the_seed_repeats_a_run(given, tmp_path, method):
-    made = []
-    for number, seed in enumerate((0, 0, 1)):
-        MODULES[method].purify(given(seed=seed), tmp_path / str(number))
-        made.append(loaded(tmp_path / str(number) / "model")[0].state_dict())
+def test_the_seed_repeats_a_run(given, purified, tmp_path, method):
+    MODULES[method].purify(given(seed=0), tmp_path)
+    folders = tmp_path, *(purified(MODULES[method], given(seed=seed)) for seed in (0, 1))
+    made = [loaded(folder / "model")[0].state_dict() for folder in folders]
     same = [all(torch.equal(made[0][k], m[k]) for k in made[0]) for m in made[1:]]
     assert same == [True, False]
 

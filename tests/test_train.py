@@ -190,20 +190,27 @@ def logits(model, tokenizer):
         return model.eval()(ids).logits.float()
 
 
-def test_finetune_writes_the_adapter_the_merged_model_and_the_loss(pico, pico_params, tmp_path):
+@pytest.fixture(scope="module")
+def finetuned(pico, pico_params, tmp_path_factory):
+    """A pico GPT-2 trained for two epochs, without a pause."""
+    folder = tmp_path_factory.mktemp("finetuned")
+    train.finetune(pico("gpt2")[0], ROWS, 2, folder, pico_params(**SHORT))
+    return folder
+
+
+def test_finetune_writes_the_adapter_the_merged_model_and_the_loss(pico, finetuned):
     from peft import PeftModel
 
     base = pico("gpt2")[0]
-    train.finetune(base, ROWS, 2, tmp_path, pico_params(**SHORT))
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter", "loss.csv", "model"]
-    curve = pd.read_csv(tmp_path / "loss.csv")
+    assert sorted(f.name for f in finetuned.iterdir()) == ["adapter", "loss.csv", "model"]
+    curve = pd.read_csv(finetuned / "loss.csv")
     assert list(curve.columns) == ["step", "epoch", "loss"]
     assert curve["step"].tolist() == [1, 2, 3, 4] and curve["loss"].gt(0).all()
-    inspect.check_folder(tmp_path / "model")
-    tokenizer = models.load_tokenizer(tmp_path / "model")
+    inspect.check_folder(finetuned / "model")
+    tokenizer = models.load_tokenizer(finetuned / "model")
     assert tokenizer.get_vocab() == models.load_tokenizer(base).get_vocab()
-    merged = logits(models.load_model(tmp_path / "model"), tokenizer)
-    peft = PeftModel.from_pretrained(models.load_model(base), str(tmp_path / "adapter"))
+    merged = logits(models.load_model(finetuned / "model"), tokenizer)
+    peft = PeftModel.from_pretrained(models.load_model(base), str(finetuned / "adapter"))
     torch.testing.assert_close(merged, logits(peft, tokenizer), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(merged, logits(models.load_model(base), tokenizer), atol=1e-2)
 
@@ -311,10 +318,9 @@ def test_without_a_whole_checkpoint_training_starts_anew(tmp_path):
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_model(
-    pico, pico_params, tmp_path, monkeypatch
+    pico, pico_params, finetuned, tmp_path, monkeypatch
 ):
     base, p = pico("gpt2")[0], pico_params(**SHORT)
-    train.finetune(base, ROWS, 2, tmp_path / "whole", p)
     seen = []
 
     def killed(self, model, inputs, *args):
@@ -326,12 +332,10 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_model(
     step = train.LossTrainer.training_step
     monkeypatch.setattr(train.LossTrainer, "training_step", killed)
     with pytest.raises(KeyboardInterrupt):
-        train.finetune(base, ROWS, 2, tmp_path / "resumed", p)
-    train.finetune(base, ROWS, 2, tmp_path / "resumed", p)
+        train.finetune(base, ROWS, 2, tmp_path, p)
+    train.finetune(base, ROWS, 2, tmp_path, p)
     assert seen == [0, 1, 2, 2, 3]  # steps 0 and 1 are not done again
-    one, two = (
-        models.load_model(tmp_path / n / "model").state_dict() for n in ("whole", "resumed")
-    )
+    one, two = (models.load_model(f / "model").state_dict() for f in (finetuned, tmp_path))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4, msg=name)
 
