@@ -89,6 +89,7 @@ check)
     ;;
 test)
     cd "$root"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two workers, a core each
     if [ "${2:-}" = fast ]; then
         exec "$bin/python" -m pytest tests -m "not slow" "${@:3}"
     fi
