@@ -253,7 +253,7 @@ class Params(DefenderParams, SweepParams, AttackParams):
     def model_name(self) -> str:
         """The model's name in results; with that of the folder where `model_dir` gives one, for
         these are other weights than those that the name stands for."""
-        own = self.model_dir and paths.file_name(Path(self.model_dir).stem)
+        own = self.model_dir and paths.file_name(Path(self.model_dir).name.removesuffix(".gguf"))
         return f"{self.model}-{own}" if own else self.model
 
     @property

