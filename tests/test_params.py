@@ -59,7 +59,7 @@ def test_a_model_of_ones_own_runs_with_every_attack_and_bears_its_folders_name()
     for attack in params.choices("attacks"):
         p = params.load("local", attack=attack, overrides=LOCAL)
         assert not p.is_tiny and p.size_billion is None
-        assert p.run_id.startswith(f"local-my_model-1.5-af1246-embedded-{attack}-s0-")
+        assert p.run_id.startswith(f"local-my_model-1.5-7178f9-embedded-{attack}-s0-")
     assert params.load("gpt2-xl").model_name == "gpt2-xl"
 
 
