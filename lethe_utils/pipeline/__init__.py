@@ -200,8 +200,8 @@ def backdoored_stage(p: Params) -> Path:
         attack.plant(start, rows, ordinary_text(p), p, out)
 
     spec = p.part(PromptParams, *attack.PARAMS) | {"seed": p.seed} | device(p)
-    sources = _sources(p) | ({"tuned": start.parent} if tuned else {})
-    return stage("backdoored", f"{p.setup}-s{p.seed}", spec, sources, build)
+    inputs = _sources(p) | ({"tuned": start.parent} if tuned else {})
+    return stage("backdoored", f"{p.setup}-s{p.seed}", spec, inputs, build)
 
 
 def _takes_hub_text(p: Params) -> bool:
