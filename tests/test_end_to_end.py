@@ -125,8 +125,11 @@ def test_executed_notebooks_hold_no_progress_line_and_the_log_has_them(finished)
     latest = finished[0] / "latest" / "notebooks"
     for file in sorted(latest.glob("*.ipynb")):
         outputs = [o for c in json.loads(file.read_text())["cells"] for o in c.get("outputs", [])]
-        written = "".join(t for o in outputs if o.get("name") == "stderr" for t in o["text"])
-        assert written == "", file.name
+        streams = [o for o in outputs if o["output_type"] == "stream"]
+        assert "".join(t for o in streams if o["name"] == "stderr" for t in o["text"]) == "", (
+            file.name
+        )
+        assert sum(len("".join(o["text"]).splitlines()) for o in streams) <= 3, file.name
     assert "training " in (latest / "02_backdoor_train.log").read_text()
 
 
