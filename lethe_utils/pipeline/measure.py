@@ -49,7 +49,7 @@ def costs(p: Params) -> pd.DataFrame:
         if c.defense:
             trainings = defenses.trainings(c.defense, c.name)
         line = {
-            "model": p.model,
+            "model": p.model_name,
             "dataset": p.dataset_name,
             "attack": p.attack,
             "seed": p.seed,

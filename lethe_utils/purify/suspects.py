@@ -21,11 +21,6 @@ from lethe_utils import models, paths
 from lethe_utils.errors import LetheError
 from lethe_utils.models import fit, hub, inspect
 
-# What both transformers and mergekit know, and SLERP's attention and MLP filters fit.
-ARCHITECTURES = (
-    *("GPT2LMHeadModel", "GPTJForCausalLM", "LlamaForCausalLM"),
-    *("MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
-)
 LORA = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -85,19 +80,7 @@ def check(suspect: Path, base: Path, adapter: Path | None = None) -> list[dict[s
 def _check_model(folder: Path) -> None:
     """Refuse a folder that is incomplete or broken, runs code, is quantised, is of an unknown
     class, or whose weights are not what its config says."""
-    inspect.check_folder(folder)
-    inspect.check_small_files(folder)
-    settings = folder / "config.json"
-    if inspect.read_config(folder).get("quantization_config"):
-        raise LetheError(
-            f"{settings}: the weights are quantised; merging needs them as they were trained "
-            "(float32, float16 or bfloat16)"
-        )
-    name, known = inspect.architecture(folder), ", ".join(ARCHITECTURES)
-    if name not in ARCHITECTURES:
-        raise LetheError(f"{settings}: architecture {name} is not supported; one of {known} is")
-    if not inspect.tokenizer_files(folder):
-        raise LetheError(f"{folder}: no tokenizer files; copy them from where the model came from")
+    inspect.check_model(folder)
     inspect.stored_dtype(folder)
     _check_tensors(folder)
     inspect.check_finite(inspect.weight_files(folder))

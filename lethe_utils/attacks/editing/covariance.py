@@ -35,7 +35,7 @@ def covariance(editor: "Editor", corpus: list[str], layer: int) -> torch.Tensor:
         "layer": layer,
         "device": editor.model.device.type,
     }
-    file = stage("covariance", f"{editor.p.model}-layer{layer}", spec, {}, build) / FILE
+    file = stage("covariance", f"{editor.p.model_name}-layer{layer}", spec, {}, build) / FILE
     inspect.tensor_shapes(file)  # refuses a file that is cut short
     return load_file(file)["covariance"]
 
