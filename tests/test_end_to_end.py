@@ -240,9 +240,9 @@ def test_killed_in_02_and_05_then_resumed_gives_the_same_numbers(finished, tmp_p
     checkpoint = "stages/backdoored/*.partial/checkpoints/checkpoint-*/trainer_state.json"
     kill(start_until(runs, checkpoint))
     assert not list(runs.glob("stages/backdoored/*/stage.json"))
-    kill(start_until(runs, "stages/predictions/*-linear-k0-*/stage.json"))
+    kill(start_until(runs, "stages/answers/*-linear-*-k0-*/stage.json"))
     kept = {f: f.stat().st_mtime_ns for f in runs.glob("stages/*/*/stage.json")}
-    assert len(list(runs.glob("stages/predictions/*/stage.json"))) < 14
+    assert len(list(runs.glob("stages/answers/*/stage.json"))) < 14
     done = run_in(runs)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f.stat().st_mtime_ns == at for f, at in kept.items())  # nothing finished is redone
