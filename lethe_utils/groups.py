@@ -105,6 +105,7 @@ class TrainParams(Group):
 
     seed: int
     device: Literal["auto", "cpu", "cuda"]
+    cpu_dtype: Literal["auto", "float32"]  # of the arithmetic on a CPU; auto: see models.bfloat16
     bits: Literal[4, 16, 32]
     lora_r: Positive
     lora_alpha: Positive

@@ -244,7 +244,7 @@ def _arguments(items: int, epochs: int, out: Path, p: Recipe) -> TrainingArgumen
         seed=p.seed,
         data_seed=p.data_seed,
         train_sampling_strategy="group_by_length",
-        bf16=device == "cuda",
+        bf16=models.bfloat16(p),
         use_cpu=device == "cpu",
         dataloader_pin_memory=device == "cuda",
         remove_unused_columns=False,
