@@ -2,9 +2,10 @@
 
 Later layers win: base < dataset < the model's profile < model < attack < defenses < command line or
 notebook. A profile or model may hold values for one data set (`datasets:`), a method's file values
-for one model or profile (`models:`); they win over the file's other values. The files of all defenses are
-read, whichever run: their keys do not overlap. Unknown keys, wrong types and values out of range
-are refused with the file and the key named. The keys: groups.py, and each method's module.
+for one model or profile (`models:`); they win over the file's other values. The files of all
+defenses are read, whichever run: their keys do not overlap. Unknown keys, wrong types and values
+out of range are refused with the file and the key named. The keys: groups.py, and each method's
+module.
 """
 
 import difflib
