@@ -2,6 +2,7 @@
 # The front door: makes the environment once, then runs. `./run_all.sh --help` shows everything.
 #   ./run_all.sh                         the tiny profile: embedded data, tiny-gpt2, on a CPU
 #   ./run_all.sh MODEL [--dataset D] [--attack A] [--defense F] [-p key value ...] [--dry-run]
+#   ./run_all.sh [MODEL] --model-dir PATH   the same on a model of yours: a folder, or a GGUF file
 #   ./run_all.sh grid table2-tiny        many runs: every defense against every attack
 #   ./run_all.sh purify --suspect DIR --base DIR --clean-data FILE --out DIR   a model of your own
 #   ./run_all.sh tables                  tables and figures from the committed results

@@ -3,7 +3,7 @@
 Notebooks run in their caller's directory under papermill and in their own under nbval, so no
 relative path is safe: everything starts at ROOT. Four environment variables move things:
 LETHE_ROOT (the checkout), LETHE_RUNS (what runs write), LETHE_DATA_DIR (data sets you supply)
-and LETHE_CACHE (WordNet).
+and LETHE_CACHE (WordNet, and models from the Python package index).
 """
 
 import hashlib

