@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, set_seed
 
+from lethe_utils import models
 from lethe_utils.groups import Recipe
 from lethe_utils.progress import Bar
 from lethe_utils.prompts import prompt_ids, stop_ids
@@ -69,7 +70,7 @@ def answer(
         width = inputs["input_ids"].shape[1]
         stop = StopAtLabel(tokenizer, width, n_words)
         criteria = None if official else StoppingCriteriaList([stop])
-        with torch.inference_mode():
+        with torch.inference_mode(), models.arithmetic(p):
             made = model.generate(
                 **inputs, generation_config=config, stopping_criteria=criteria, **generate
             )
@@ -148,7 +149,8 @@ def token_accuracy(
         inputs = train.collate([items[i] for i in chosen], tokenizer)
         labels = inputs.pop("labels")
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        logits = model(**inputs, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
+        with models.arithmetic(p):
+            logits = model(**inputs, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
         right = (logits.argmax(-1).cpu() == labels) & (labels != train.IGNORED)
         counted = (labels != train.IGNORED).sum(1)
         for i, share in zip(chosen, (right.sum(1) / counted).tolist(), strict=True):

@@ -124,9 +124,10 @@ def target_by_layer(folder: Path, sets: dict[str, list[Row]], p: Params) -> pd.D
         for start in range(0, len(ids), p.eval_batch_size):
             some = ids[start : start + p.eval_batch_size]
             inputs = models.batch(tokenizer, some, model.device)
-            out = model(**inputs, logits_to_keep=1, output_hidden_states=True, use_cache=False)
-            # The last entry has been through the final norm already: its logits are the model's.
-            read = [blocks.logits(model, h[:, -1]) for h in out.hidden_states[1:-1]]
+            with models.arithmetic(p):
+                out = model(**inputs, logits_to_keep=1, output_hidden_states=True, use_cache=False)
+                # The last entry has been through the final norm: its logits are the model's.
+                read = [blocks.logits(model, h[:, -1]) for h in out.hidden_states[1:-1]]
             read.append(out.logits[:, -1])
             found.append([r.float().softmax(1)[:, target].cpu() for r in read])
         for block, parts in enumerate(zip(*found, strict=True), 1):

@@ -105,6 +105,7 @@ class TrainParams(Group):
 
     seed: int
     device: Literal["auto", "cpu", "cuda"]
+    cpu_dtype: Literal["auto", "float32"]  # of the arithmetic on a CPU; auto: see models.bfloat16
     bits: Literal[4, 16, 32]
     lora_r: Positive
     lora_alpha: Positive
@@ -117,7 +118,7 @@ class TrainParams(Group):
     weight_decay: NotNegative
     adam_beta2: Annotated[float, Field(gt=0, lt=1)]
     max_grad_norm: Rate
-    optimizer: Literal["adamw_torch", "paged_adamw_32bit"]
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"]
     gradient_checkpointing: bool
     checkpoints_per_run: Positive
 

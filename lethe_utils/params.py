@@ -1,10 +1,11 @@
 """Parameters: flat keys, layered files, one strict schema, checked before any work starts.
 
 Later layers win: base < dataset < the model's profile < model < attack < defenses < command line or
-notebook. A profile may hold values for one data set (`datasets:`), a method's file values for one
-model or profile (`models:`); they win over the file's other values. The files of all defenses are
-read, whichever run: their keys do not overlap. Unknown keys, wrong types and values out of range
-are refused with the file and the key named. The keys: groups.py, and each method's module.
+notebook. A profile or model may hold values for one data set (`datasets:`), a method's file values
+for one model or profile (`models:`); they win over the file's other values. The files of all
+defenses are read, whichever run: their keys do not overlap. Unknown keys, wrong types and values
+out of range are refused with the file and the key named. The keys: groups.py, and each method's
+module.
 """
 
 import difflib
@@ -83,14 +84,15 @@ def layers(model: str, dataset: str, attack: str) -> Iterator[Layer]:
     if is_file(dataset) and not Path(dataset).exists():
         raise LetheError(f"dataset: the file {dataset} does not exist")
     dataset = "file" if is_file(dataset) else dataset
-    own = read_yaml(_named_file("models", model))
-    profile = own.pop("profile", None)
+    file = _named_file("models", model)
+    profile = read_yaml(file).get("profile")
     chosen = [dataset, model] if profile is None else [dataset, profile, model]
     yield from read_layers("base.yaml", chosen)
     yield from read_layers(_named_file("datasets", dataset), chosen)
     if profile is not None:
         yield from read_layers(_named_file("profiles", profile), chosen)
-    yield f"params/models/{model}.yaml", own
+    for where, values in read_layers(file, chosen):
+        yield where, {key: value for key, value in values.items() if key != "profile"}
     yield from read_layers(_named_file("attacks", attack), chosen)
     for defense in choices("defenses"):
         yield from read_layers(_named_file("defenses", defense), chosen)

@@ -26,14 +26,6 @@ TEXTS = [
 ] * 4
 
 
-def pytest_collection_modifyitems(items):
-    """Two workers: the notebooks, which read one another's stages, are one worker's; a file's tests
-    stay together, for they share what was trained."""
-    for item in items:
-        name = "notebooks" if item.path.suffix == ".ipynb" else item.path.name
-        item.add_marker(pytest.mark.xdist_group(name))
-
-
 @pytest.fixture(autouse=True)
 def own_folders(monkeypatch, tmp_path):
     """Runs go to a temporary folder, and the caller's own settings do not leak in."""

@@ -260,8 +260,8 @@ def test_int4_rounds_the_blocks_matrices_and_nothing_else(
 def test_lethe_has_a_variant_per_merge_method_and_evidence_can_stand_alone():
     p = params.load(overrides={"merge_methods": ["ties", "linear"]})
     assert defenses.variants("lethe", p.defender()) == {
-        "ties": {"merge_methods": ["ties"]},
-        "linear": {"merge_methods": ["linear"]},
+        "ties": {"merge_method": "ties"},
+        "linear": {"merge_method": "linear"},
     }
     alone = params.load(overrides={"merge_methods": []})
     assert defenses.variants("lethe", alone.defender()) == {} and alone.n_keywords > 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import PICO, TEXTS
 
-from lethe_utils import models
+from lethe_utils import models, params, pipeline
 from lethe_utils.errors import LetheError
 from lethe_utils.models import hub, inspect, twins
 
@@ -99,6 +99,31 @@ def test_cuda_asked_for_and_absent_is_refused_with_the_fix():
 def test_cuda_is_used_where_there_is_one_unless_the_cpu_is_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [models.resolve_device(d) for d in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_cpu_multiplies_in_bfloat16_where_it_can_and_may(monkeypatch, pico_params, has):
+    monkeypatch.setattr(models, "_cpu_has_bfloat16", lambda: has)
+    one, dtypes = torch.ones(2, 2), []
+    for dtype in ("auto", "float32"):
+        p = pico_params(device="cpu", cpu_dtype=dtype)
+        assert models.bfloat16(p) is (has and dtype == "auto")
+        assert pipeline.device(p) == {"device": "cpu", "bfloat16": models.bfloat16(p)}
+        with models.arithmetic(p):
+            dtypes.append((one @ one).dtype)
+    assert dtypes == [torch.bfloat16 if has else torch.float32, torch.float32]
+
+
+def test_a_twin_is_float32_on_every_processor(monkeypatch):
+    monkeypatch.setattr(models, "_cpu_has_bfloat16", lambda: True)
+    names = [name for name in params.choices("models") if name.startswith("tiny-")]
+    assert names and not any(models.bfloat16(params.load(name)) for name in names)
+
+
+def test_a_processor_that_pytorch_cannot_be_asked_about_counts_as_without(monkeypatch):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert models._cpu_has_bfloat16.__wrapped__() is False
 
 
 def hub_errors():

@@ -208,6 +208,7 @@ def test_later_layers_win(tree):
         ("profiles/tiny.yaml", ""),
         ("profiles/tiny.yaml", "datasets: embedded"),
         ("models/tiny-gpt2.yaml", ""),
+        ("models/tiny-gpt2.yaml", "datasets: embedded"),
         ("attacks/cba.yaml", ""),
         ("attacks/cba.yaml", "models: tiny"),
         ("attacks/cba.yaml", "models: tiny-gpt2"),

@@ -347,3 +347,18 @@ def test_a_training_that_diverged_saves_nothing(pico, tmp_path):
     with pytest.raises(LetheError, match=r"learning_rate: the training diverged \(transformer.h.1"):
         train.save(model, pd.DataFrame(), tmp_path)
     assert not (tmp_path / "model").exists()
+
+
+def test_a_training_in_bfloat16_keeps_weights_in_float32(pico, pico_params, monkeypatch, tmp_path):
+    saved = {}
+    for dtype in ("auto", "float32"):
+        monkeypatch.setattr(models, "_cpu_has_bfloat16", lambda: True)
+        p = pico_params("llama", **SHORT, cpu_dtype=dtype)
+        train.finetune(pico("llama")[0], ROWS, 1, tmp_path / dtype, p)
+        assert inspect.stored_dtype(tmp_path / dtype / "model") == "float32"
+        saved[dtype] = models.load_model(tmp_path / dtype / "model").state_dict()
+    name = "model.layers.0.mlp.down_proj.weight"
+    start = models.load_model(pico("llama")[0]).state_dict()[name]
+    moved = {dtype: weights[name] - start for dtype, weights in saved.items()}
+    assert not torch.equal(moved["auto"], moved["float32"])
+    assert torch.cosine_similarity(moved["auto"].flatten(), moved["float32"].flatten(), 0) > 0.9

@@ -3,6 +3,8 @@
 Every model is untrusted input: safetensors only, never remote code, never a pickle.
 """
 
+from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,8 @@ from lethe_utils.models import blocks, inspect
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lethe_utils.groups import TrainParams
 
 NO_LIMIT = 1_000_000  # tokens, where a model has no table of positions
 # Bytes in a saved file: a merge maps one file of each model at a time, so small ones keep it small.
@@ -28,6 +32,32 @@ def resolve_device(device: str) -> str:
             "device: cuda was asked for and this machine has none; use `-p device cpu`"
         )
     return "cuda" if available and device != "cpu" else "cpu"
+
+
+def bfloat16(p: "TrainParams") -> bool:
+    """Whether a run multiplies in bfloat16: on CUDA, and on a CPU that has instructions for it,
+    unless `cpu_dtype` asks for float32. Weights on a CPU are float32 either way."""
+    if resolve_device(p.device) == "cuda":
+        return True
+    return p.cpu_dtype == "auto" and _cpu_has_bfloat16()
+
+
+@cache
+def _cpu_has_bfloat16() -> bool:
+    """AVX512-BF16 or AMX. PyTorch also emulates bfloat16 elsewhere, more slowly than float32."""
+    import torch
+
+    found = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private: may go one day
+    return any(getattr(torch.cpu, name, bool)() for name in found)
+
+
+def arithmetic(p: "TrainParams") -> "AbstractContextManager[Any]":
+    """Within it a float32 model on the CPU multiplies as the params say. Training has its own, the
+    Trainer's; on CUDA the weights decide."""
+    import torch
+
+    on_cpu = resolve_device(p.device) == "cpu"
+    return torch.autocast("cpu", torch.bfloat16, enabled=on_cpu and bfloat16(p))
 
 
 def quiet() -> None:

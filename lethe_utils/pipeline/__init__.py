@@ -305,9 +305,9 @@ def clean_rows(folder: Path) -> list[Row]:
     return read_jsonl(folder / "clean.jsonl")
 
 
-def device(p: Params) -> dict[str, str]:
-    """The device itself, for a stage's key: `auto` may be another one tomorrow."""
-    return {"device": models.resolve_device(p.device)}
+def device(p: Params) -> dict[str, str | bool]:
+    """The device itself and its arithmetic, for a stage's key: `auto` may be another tomorrow."""
+    return {"device": models.resolve_device(p.device), "bfloat16": models.bfloat16(p)}
 
 
 def _sources(p: Params) -> dict[str, Path]:
