@@ -17,7 +17,6 @@ from lethe_utils.errors import LetheError
 from lethe_utils.groups import DefenderParams, Recipe
 from lethe_utils.models import blocks, inspect, twins
 from lethe_utils.progress import Bar
-from lethe_utils.prompts import TURN
 from lethe_utils.stages import Row
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def encode(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", p: Recipe) -> 
     answers = tokenizer(texts, add_special_tokens=False)["input_ids"] if rows else []
     out = []
     for row, source, left_out, answer in zip(rows, sources, lost, answers, strict=True):
-        whole = answer + ([] if TURN in row else [tokenizer.eos_token_id])
+        whole = answer + ([] if prompts.TURN in row else [tokenizer.eos_token_id])
         kept = whole[:target]
         lengths = {"answer_length": len(kept), "length": len(source) + len(kept)}
         cut = {"prompt_cut": left_out, "answer_cut": len(whole) - len(kept)}
@@ -67,7 +66,11 @@ def encode(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", p: Recipe) -> 
 
 def answer_text(row: Row) -> str:
     """What is taught: the output, in a chat as the model's own template writes a finished turn."""
-    return row[TURN].replace(prompts.PLACE, row["output"]) if TURN in row else row["output"]
+    return (
+        row[prompts.TURN].replace(prompts.PLACE, row["output"])
+        if prompts.TURN in row
+        else row["output"]
+    )
 
 
 def cut_counts(items: list[Item]) -> dict[str, int]:
@@ -302,8 +305,7 @@ def finetune(
     tokenizer = models.load_tokenizer(start)
     model = models.load_model(start, device, p.bits)
     if device == "cpu" and models.bfloat16(p):
-        # PyTorch's fused attention is three times as slow backwards in bfloat16 as plain products.
-        model.set_attn_implementation("eager")
+        model.set_attn_implementation("eager")  # backwards three times as fast as the fused one
     if p.bits == 4:
         model = prepare_model_for_kbit_training(model, p.gradient_checkpointing)
     lora = LoraConfig(
