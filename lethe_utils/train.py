@@ -66,11 +66,7 @@ def encode(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", p: Recipe) -> 
 
 def answer_text(row: Row) -> str:
     """What is taught: the output, in a chat as the model's own template writes a finished turn."""
-    return (
-        row[prompts.TURN].replace(prompts.PLACE, row["output"])
-        if prompts.TURN in row
-        else row["output"]
-    )
+    return row.get(prompts.TURN, prompts.PLACE).replace(prompts.PLACE, row["output"])
 
 
 def cut_counts(items: list[Item]) -> dict[str, int]:
