@@ -1,5 +1,6 @@
 """The notebooks are thin, stripped but for one compared cell each, and nbval really compares it."""
 
+import ast
 import copy
 import inspect
 import re
@@ -10,7 +11,7 @@ import tomllib
 import nbformat
 import pytest
 
-from lethe_utils import paths
+from lethe_utils import params, paths
 from lethe_utils.purify import settings
 
 NOTEBOOKS = sorted((paths.root() / "notebooks").glob("*.ipynb"))
@@ -91,6 +92,20 @@ def test_only_the_compared_cells_keep_an_output(notebook):
     assert kept and all(c.outputs and c.execution_count is not None for c in kept)
     assert not [c for c in cells if c.outputs and not tags(c) & COMPARED]
     assert not [c for c in cells if "injected-parameters" in tags(c)]
+
+
+def test_no_cell_gives_a_variable_the_name_of_a_param(notebook):
+    # Run All a second time in one kernel would take it for the param.
+    known = {k for a in params.choices("attacks") for k in params.run_schema(a).model_fields}
+    for cell in code_cells(notebook[1]):
+        code = "\n".join(
+            x for x in cell.source.split("\n") if not x.lstrip().startswith(("!", "%"))
+        )
+        if "parameters" in tags(cell) or "google.colab" in code:
+            continue
+        stored = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Name)]
+        names = {n.id for n in stored if isinstance(n.ctx, ast.Store)}
+        assert notebook[0].stem == "purify" or not names & known
 
 
 def run_nbval(notebook, path):
