@@ -98,7 +98,9 @@ def side_by_side(p: Params, defense: str, rows: int) -> pd.DataFrame:
         answers = read_jsonl(contenders.tested_file(p, c, k))
         group = [x for x in answers if x["kind"] == "backdoor"][:rows]
         if not out:
-            out = {"prompt": [x["prompt"] for x in group], "label": [x["label"] for x in group]}
+            texts = [x["prompt"].rpartition("### Input:\n")[2] for x in group]
+            out = {"input": [text.partition("\n\n### ")[0] for text in texts]}
+            out["label"] = [x["label"] for x in group]
         out[column] = [x["output"] for x in group]
     return pd.DataFrame(out)
 
