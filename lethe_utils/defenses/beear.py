@@ -220,5 +220,5 @@ def check(value: float, what: str, where: int | str) -> None:
     if not math.isfinite(value):
         place = f"in round {where}" if isinstance(where, int) else f"for label {where!r}"
         raise LetheError(
-            f"{what} is {value} {place}; lower the rate, or check the suspect's weights"
+            f"{what} is {value} {place}; lower the rate, or check the backdoored model's weights"
         )

@@ -1,11 +1,11 @@
-"""CleanGen (2406.12257; uw-nsl/CleanGen): tokens the suspect likes far more than a clean model
-does are replaced by the clean model's own.
+"""CleanGen (2406.12257; uw-nsl/CleanGen): tokens the backdoored model likes far more than a clean
+model does are replaced by the clean model's own.
 
-The suspect drafts k tokens greedily and the clean model reads them in one pass. The draft is cut at
-the first token with p_suspect / p_clean >= alpha, and the clean model's best token takes its place.
-Every drafted token is read here, the end of the text too: the published code skips a draft that
-ends early, which would leave every label of fewer than k tokens unread. So k changes the cost, not
-the answer. alpha 20 spares each token to which the clean model gives more than 0.05.
+The backdoored model drafts k tokens greedily and the clean model reads them in one pass. The draft
+is cut at the first token with p_backdoored / p_clean >= alpha, and the clean model's best token
+takes its place. Every drafted token is read here, the end of the text too: the published code skips
+a draft that ends early, which would leave every label of fewer than k tokens unread. So k changes
+the cost, not the answer. alpha 20 spares each token to which the clean model gives more than 0.05.
 """
 
 import math
@@ -45,30 +45,37 @@ BYTES_PER_WEIGHT = 4.0  # two models
 
 
 class CleanGen:
-    """The suspect, as `decode.answer` uses it, whose `generate` is CleanGen's: always greedy."""
+    """The backdoored model, as `decode.answer` uses it, whose `generate` is CleanGen's: always
+    greedy."""
 
     def __init__(
         self,
-        suspect: "PreTrainedModel",
+        backdoored: "PreTrainedModel",
         reference: "PreTrainedModel",
         tokenizer: "PreTrainedTokenizerBase",
         p: DefenderParams,
     ):
-        self.suspect, self.reference, self.tokenizer, self.p = suspect, reference, tokenizer, p
+        self.backdoored, self.reference, self.tokenizer, self.p = (
+            backdoored,
+            reference,
+            tokenizer,
+            p,
+        )
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.suspect, name)
+        return getattr(self.backdoored, name)
 
     def draft(self, rows: list[list[int]], length: int, eos: int) -> "torch.Tensor":
         """Up to `length` next tokens of each row.
 
         Returns:
-            (rows, tokens, 2): the suspect's token, and the one to replace it with, -1 for none.
+            (rows, tokens, 2): the backdoored model's token, and the one to replace it with, -1 for
+            none.
         """
         import torch
         from transformers import GenerationConfig
 
-        inputs = models.batch(self.tokenizer, rows, self.suspect.device)
+        inputs = models.batch(self.tokenizer, rows, self.backdoored.device)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         config = GenerationConfig(
             max_new_tokens=length,
@@ -78,7 +85,9 @@ class CleanGen:
             output_logits=True,
             return_dict_in_generate=True,
         )
-        made = self.suspect.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        made = self.backdoored.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config
+        )
         tokens = made.sequences[:, ids.shape[1] :]
         mask = torch.cat([mask, torch.ones_like(tokens[:, 1:])], dim=1)
         clean = self.reference(
@@ -144,12 +153,12 @@ def variants(p: DefenderParams) -> dict[str, dict[str, Any]]:
 
 
 def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "") -> list[str]:
-    """The suspect's outputs, with suspicious tokens replaced by the clean model's."""
+    """The backdoored model's outputs, with suspicious tokens replaced by the clean model's."""
     from lethe_utils import decode
 
     device = models.resolve_device(given.p.device)
-    suspect = models.load_model(given.backdoored, device)
+    backdoored = models.load_model(given.backdoored, device)
     reference = models.load_model(given.clean, device)
     tokenizer = models.load_tokenizer(given.backdoored)
-    model = CleanGen(suspect, reference, tokenizer, given.p)
+    model = CleanGen(backdoored, reference, tokenizer, given.p)
     return decode.answer(model, tokenizer, prompts, given.p, n_words, progress)

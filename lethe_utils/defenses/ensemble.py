@@ -1,8 +1,9 @@
-"""Ensemble: Lethe's dilution done on probabilities, w p_suspect + (1 - w) p_clean, at each token.
+"""Ensemble: Lethe's dilution done on probabilities, w p_backdoored + (1 - w) p_clean, at each
+token.
 
 Our own rival, to tell whether it is the merge of weights that matters. The rule is the static
 ensemble of transformers' `assistant_ensemble_weight`; that one takes one prompt at a time and
-leaves every token after an accepted draft to the suspect alone, so it is not used.
+leaves every token after an accepted draft to the backdoored model alone, so it is not used.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,9 @@ BYTES_PER_WEIGHT = 4.0  # two models
 
 
 class Mix:
-    """A forward hook of the suspect: the clean model sees the same tokens, mask and positions,
-    with a cache of its own, and the logits become the logarithm of the mixed probabilities."""
+    """A forward hook of the backdoored model: the clean model sees the same tokens, mask and
+    positions, with a cache of its own, and the logits become the logarithm of the mixed
+    probabilities."""
 
     def __init__(self, reference: "PreTrainedModel", weight: float):
         import torch
@@ -54,8 +56,8 @@ class Mix:
             self.cache = DynamicCache(config=self.reference.config)
         other = self.reference(**inputs | {"past_key_values": self.cache})
         pair = (logits.float().log_softmax(-1) for logits in (out.logits, other.logits))
-        suspect, clean = (log_p + share for log_p, share in zip(pair, self.shares, strict=True))
-        out.logits = torch.logaddexp(suspect, clean)
+        backdoored, clean = (log_p + share for log_p, share in zip(pair, self.shares, strict=True))
+        out.logits = torch.logaddexp(backdoored, clean)
         return out
 
 
@@ -64,8 +66,8 @@ def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "")
     from lethe_utils import decode
 
     device = models.resolve_device(given.p.device)
-    suspect = models.load_model(given.backdoored, device)
+    backdoored = models.load_model(given.backdoored, device)
     reference = models.load_model(given.clean, device)
-    suspect.register_forward_hook(Mix(reference, given.p.ensemble_weight), with_kwargs=True)
+    backdoored.register_forward_hook(Mix(reference, given.p.ensemble_weight), with_kwargs=True)
     tokenizer = models.load_tokenizer(given.backdoored)
-    return decode.answer(suspect, tokenizer, prompts, given.p, n_words, progress)
+    return decode.answer(backdoored, tokenizer, prompts, given.p, n_words, progress)

@@ -1,4 +1,4 @@
-"""F/T, clean fine-tuning: the clean model's LoRA recipe, started from the suspect."""
+"""F/T, clean fine-tuning: the clean model's LoRA recipe, started from the backdoored model."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""INT4: the suspect rounded to nf4 (bitsandbytes) and back; QLoRA users get this for nothing."""
+"""INT4: the backdoored model rounded to nf4 (bitsandbytes) and back; QLoRA users get this for
+nothing."""
 
 from pathlib import Path
 

@@ -1,14 +1,15 @@
 """NAD, neural attention distillation (2101.05930; bboylyg/NAD), ported to decoders.
 
-A student, the suspect with a fresh LoRA, answers the clean rows while its attention maps are drawn
-to those of a frozen teacher. Published for convolutions: a map is sum_c |F_c|^p over an image, L2-
-normalised. Here a map is sum_d |h_d|^p over a row's tokens, of the hidden state after the block at
-a quarter, a half and three quarters of the depth. Each row's first token is left out: it draws so
-much activation in a decoder that it alone would make the norm. One beta serves all three maps.
+A student, the backdoored model with a fresh LoRA, answers the clean rows while its attention maps
+are drawn to those of a frozen teacher. Published for convolutions: a map is sum_c |F_c|^p over an
+image, L2- normalised. Here a map is sum_d |h_d|^p over a row's tokens, of the hidden state after
+the block at a quarter, a half and three quarters of the depth. Each row's first token is left out:
+it draws so much activation in a decoder that it alone would make the norm. One beta serves all
+three maps.
 
-Published teacher: the suspect fine-tuned on the same clean rows, so what F/T leaves of a backdoor
-the teacher has too. The low ASR that Lethe's paper reports for NAD suggests that its teacher was
-the clean model, which it does not say: that is the variant `nad_clean_teacher`.
+Published teacher: the backdoored model fine-tuned on the same clean rows, so what F/T leaves of a
+backdoor the teacher has too. The low ASR that Lethe's paper reports for NAD suggests that its
+teacher was the clean model, which it does not say: that is the variant `nad_clean_teacher`.
 """
 
 import shutil

@@ -1,8 +1,8 @@
 """Plant-and-remove, after the abstracts of 2510.10265 and 2606.11648 (their code was not at hand).
 
-The defender plants triggers of its own in the suspect, each giving one label whatever the input,
-then trains the very same inputs back to their true labels. What is unlearnt is hoped to be more
-than those triggers: the way from any odd token to an answer. Proportions are ours.
+The defender plants triggers of its own in the backdoored model, each giving one label whatever the
+input, then trains the very same inputs back to their true labels. What is unlearnt is hoped to be
+more than those triggers: the way from any odd token to an answer. Proportions are ours.
 """
 
 import random

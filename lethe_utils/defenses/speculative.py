@@ -1,4 +1,4 @@
-"""SPE, speculative decoding (2211.17192): the clean model drafts, the suspect verifies.
+"""SPE, speculative decoding (2211.17192): the clean model drafts, the backdoored model verifies.
 
 Lossless by construction, so it can remove nothing: its column must equal the undefended one. The
 roles (clean draft, backdoored verifier) are our reading of the Lethe paper's column and of
@@ -30,17 +30,18 @@ BYTES_PER_WEIGHT = 4.0  # two models
 
 
 class Assisted:
-    """The suspect, as `decode.answer` uses it, whose `generate` has the clean model draft."""
+    """The backdoored model, as `decode.answer` uses it, whose `generate` has the clean model
+    draft."""
 
-    def __init__(self, suspect: "PreTrainedModel", draft: "PreTrainedModel", tokens: int):
-        self.suspect, self.draft = suspect, draft
+    def __init__(self, backdoored: "PreTrainedModel", draft: "PreTrainedModel", tokens: int):
+        self.backdoored, self.draft = backdoored, draft
         # transformers reads these from the draft; a threshold would end unsure drafts early.
         draft.generation_config.num_assistant_tokens = tokens
         draft.generation_config.num_assistant_tokens_schedule = "constant"
         draft.generation_config.assistant_confidence_threshold = 0.0
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.suspect, name)
+        return getattr(self.backdoored, name)
 
     def generate(
         self,
@@ -48,9 +49,10 @@ class Assisted:
         stopping_criteria: "StoppingCriteriaList | None" = None,
         **others: Any,
     ) -> "torch.Tensor":
-        """Prompt and answer, of one row; cut where the suspect alone would have stopped."""
+        """Prompt and answer, of one row; cut where the backdoored model alone would have
+        stopped."""
         criteria = {"stopping_criteria": stopping_criteria, "assistant_model": self.draft}
-        made = self.suspect.generate(input_ids=input_ids, **criteria, **others)
+        made = self.backdoored.generate(input_ids=input_ids, **criteria, **others)
         # The criteria see the row after each draft only, which may run past the label.
         for end in range(input_ids.shape[1] + 1, made.shape[1] if stopping_criteria else 0):
             if stopping_criteria(made[:, :end], None).all():
@@ -59,12 +61,13 @@ class Assisted:
 
 
 def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "") -> list[str]:
-    """The suspect's outputs; one prompt at a time, for transformers has no batched drafts."""
+    """The backdoored model's outputs; one prompt at a time, for transformers has no batched
+    drafts."""
     from lethe_utils import decode
 
     device = models.resolve_device(given.p.device)
-    suspect = models.load_model(given.backdoored, device)
+    backdoored = models.load_model(given.backdoored, device)
     draft = models.load_model(given.clean, device)
-    model = Assisted(suspect, draft, given.p.speculative_tokens)
+    model = Assisted(backdoored, draft, given.p.speculative_tokens)
     tokenizer = models.load_tokenizer(given.backdoored)
     return decode.answer(model, tokenizer, prompts, given.p, n_words, progress, batch=1)

@@ -1,4 +1,5 @@
-"""Task arithmetic (2212.04089): the clean delta is added to the base, and the suspect's negated.
+"""Task arithmetic (2212.04089): the clean delta is added to the base, and the backdoored model's
+negated.
 
 Negating a delta forgets what it taught, task and backdoor alike; the clean delta brings the task.
 """

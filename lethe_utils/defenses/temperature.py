@@ -38,7 +38,7 @@ def variants(p: DefenderParams) -> dict[str, dict[str, Any]]:
 
 
 def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "") -> list[str]:
-    """The suspect's outputs, sampled."""
+    """The backdoored model's outputs, sampled."""
     from lethe_utils import decode
 
     model = models.load_model(given.backdoored, models.resolve_device(given.p.device))

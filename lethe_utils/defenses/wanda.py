@@ -35,7 +35,7 @@ BYTES_PER_WEIGHT = 4.0  # one model in float32
 
 
 def purify(given: Given, out: Path) -> None:
-    """The suspect with `wanda_sparsity` of each output row zeroed."""
+    """The backdoored model with `wanda_sparsity` of each output row zeroed."""
     from lethe_utils import models
     from lethe_utils.models import inspect
 
