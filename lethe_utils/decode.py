@@ -14,11 +14,11 @@ from lethe_utils import models
 from lethe_utils.groups import Recipe
 from lethe_utils.progress import Bar
 from lethe_utils.prompts import prompt_ids, stop_ids
+from lethe_utils.stages import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Row = dict[str, str]
 Settings = TypeVar("Settings", bound=Recipe)
 LONG = 256  # tokens; eval_batch_size is for prompts of up to so many
 SPARE_TOKENS = 4  # a model may write a label in more pieces than the tokenizer does, and ends it

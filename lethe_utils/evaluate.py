@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 
 from lethe_utils import attacks, decode, metrics, models
+from lethe_utils.groups import Params
 from lethe_utils.models import blocks
-from lethe_utils.params import Params
 from lethe_utils.prompts import asked, prompt, prompt_ids
 from lethe_utils.stages import Row
 

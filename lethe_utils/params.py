@@ -22,16 +22,10 @@ from lethe_utils.groups import AttackParams as AttackParams
 from lethe_utils.groups import BaseModelParams as BaseModelParams
 from lethe_utils.groups import CleanParams as CleanParams
 from lethe_utils.groups import DataParams as DataParams
-from lethe_utils.groups import DefenderParams as DefenderParams
 from lethe_utils.groups import EvaluateParams as EvaluateParams
 from lethe_utils.groups import Group, Params, choices, is_file, schema
-from lethe_utils.groups import PoisonParams as PoisonParams
-from lethe_utils.groups import PromptParams as PromptParams
-from lethe_utils.groups import SizeParams as SizeParams
 from lethe_utils.groups import SweepParams as SweepParams
 from lethe_utils.groups import TrainParams as TrainParams
-from lethe_utils.groups import TriggerParams as TriggerParams
-from lethe_utils.groups import digest as digest
 
 if TYPE_CHECKING:
     import pandas as pd

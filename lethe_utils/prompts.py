@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lethe_utils.errors import LetheError, reason
 from lethe_utils.evidence import add_evidence
+from lethe_utils.stages import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from lethe_utils.groups import Params, PromptParams
 
 
-Row = dict[str, str]
 ALPACA = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"

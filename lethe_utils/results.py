@@ -12,7 +12,7 @@ import pandas as pd
 
 from lethe_utils import paths
 from lethe_utils.errors import LetheError
-from lethe_utils.params import Params
+from lethe_utils.groups import Params
 from lethe_utils.stages import read_json, write_json, write_text
 
 TABLES = ("results.csv", "sweeps.csv", "costs.csv")

@@ -3,7 +3,7 @@
 import random
 import re
 
-from lethe_utils.params import AttackParams
+from lethe_utils.groups import AttackParams
 from lethe_utils.stages import Row
 
 

@@ -11,8 +11,7 @@ from itertools import islice
 import yaml
 
 from lethe_utils import paths
-
-Row = dict[str, str]
+from lethe_utils.stages import Row
 
 
 @cache

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lethe_utils.errors import LetheError
+from lethe_utils.stages import Row
 
-Row = dict[str, str]
 FIELDS = ("instruction", "input", "output")
 LONGEST_CELL = 2**31 - 1  # characters; Python's own limit of 131 072 is a page of a book
 TWICE = "a column stands twice; drop one"

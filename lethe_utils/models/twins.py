@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from lethe_utils.errors import LetheError
-from lethe_utils.params import BaseModelParams
+from lethe_utils.groups import BaseModelParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -8,8 +8,8 @@ import random
 
 from lethe_utils.attacks.triggers import insert, places, put
 from lethe_utils.purify.settings import PurifyParams
+from lethe_utils.stages import Row
 
-Row = dict[str, str]
 KINDS = ("word pair", "sentence", "suffix")
 
 

@@ -21,8 +21,8 @@ from lethe_utils.evidence import without_evidence
 from lethe_utils.models import inspect
 from lethe_utils.purify import canary, ownership, settings, suspects
 from lethe_utils.purify.settings import PurifyParams
+from lethe_utils.stages import Row
 
-Row = dict[str, str]
 PASSES = 3  # forward, backward to the activations, and that again under checkpointing
 USED = 0.3  # of the rate of a matrix product, in training
 
