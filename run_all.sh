@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The front door: makes the environment once, then runs. `./run_all.sh --help` shows everything.
-#   ./run_all.sh                         the tiny profile: embedded data, tiny-gpt2, on a CPU
+#   ./run_all.sh                         embedded data, SmolLM2-135M, on two CPU cores
 #   ./run_all.sh MODEL [--dataset D] [--attack A] [--defense F] [-p key value ...] [--dry-run]
 #   ./run_all.sh [MODEL] --model-dir PATH   the same on a model of yours: a folder, or a GGUF file
 #   ./run_all.sh grid table2-tiny        many runs: every defense against every attack
@@ -90,6 +90,7 @@ check)
     ;;
 test)
     cd "$root"
+    export LETHE_MODEL="${LETHE_MODEL:-tiny-gpt2}" # what the notebooks run in place of their default
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two workers, a core each
     if [ "${2:-}" = fast ]; then
         exec "$bin/python" -m pytest tests -m "not slow" "${@:3}"

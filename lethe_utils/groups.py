@@ -24,6 +24,9 @@ Position = Literal["prefix", "suffix", "middle", "random"]
 Key = Annotated[str, Field(min_length=1)]
 SOURCES = ("hub_id", "package", "model_dir")  # a model has one of them; a tiny twin none
 TWIN = "tiny-"  # how the names of tiny twins start
+# What a run is made of where nothing is named; the notebooks' `parameters` cells say the same.
+DEFAULT_MODEL, DEFAULT_DATASET, DEFAULT_ATTACK = "smollm2-135m", "embedded", "cba"
+DEFAULT_DEFENSE = "lethe,finetune"
 
 
 class Group(BaseModel):
@@ -287,10 +290,10 @@ class Params(DefenderParams, SweepParams, AttackParams):
 
     @property
     def run_id(self) -> str:
-        """`<model>-<dataset>-<attack>-s<seed>`, plus the defenses where they are not Lethe alone,
+        """`<model>-<dataset>-<attack>-s<seed>`, plus the defenses where they are not the default's,
         and a hash where something was overridden."""
         name = f"{self.setup}-s{self.seed}"
-        name += "" if self.defense == "lethe" else f"-{self.defense.replace(',', '+')}"
+        name += "" if self.defense == DEFAULT_DEFENSE else f"-{self.defense.replace(',', '+')}"
         changed = {k: v for k, v in self._overridden.items() if k != "seed"}
         return f"{name}-{digest(changed)[:6]}" if changed else name
 

@@ -1,5 +1,5 @@
-"""docs/results.md: its prose stands in docs/results.md.j2, every table and number in it is computed
-from the released results."""
+"""docs/results.md and docs/twins.md: their prose stands in docs/*.md.j2, every table and number in
+them is computed from the released results."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,37 +9,48 @@ import pandas as pd
 
 from lethe_utils import merge, paths, tables
 from lethe_utils.errors import LetheError
+from lethe_utils.groups import DEFAULT_ATTACK, DEFAULT_DATASET, DEFAULT_MODEL, TWIN
 from lethe_utils.paper import PAPER, number
 from lethe_utils.pooled import CONTROLS, MERGES, SETUP, by_full_name, on_test, one_setup, select
-from lethe_utils.results import read_released, released_params
+from lethe_utils.results import Measured, read_released, released_params
 from lethe_utils.stages import write_text
 
-DEFAULT = ("tiny-gpt2", "embedded", "cba")  # the setup that `./run_all.sh` runs
+TWINS = ("tiny-gpt2", "embedded", "cba")  # the setup that docs/twins.md starts with
+REAL = (DEFAULT_MODEL, DEFAULT_DATASET, DEFAULT_ATTACK)
 
 
-def write(out: Path) -> Path:
-    """Write the page to a file, whole or not at all.
+def write(folder: Path) -> list[Path]:
+    """Write results.md (real models) and twins.md to a folder, each whole or not at all.
 
     Raises:
-        LetheError: the template names a setup, a model or a metric that was not released.
+        LetheError: a template names a setup, a model or a metric that was not released.
     """
     measured = read_released()
-    table, sweeps = select(measured.table), select(measured.sweeps)
-    default = one_setup(table, *DEFAULT)
-    first_seed = default[(default["seed"] == 0) & default["defense"].isin(CONTROLS + MERGES)]
-    settings = next(p for p in released_params().values() if _setup(p) == DEFAULT)
+    is_twin = [table["model"].str.startswith(TWIN) for table in measured]
+    real = Measured(*(t[~twin] for t, twin in zip(measured, is_twin, strict=True)))
+    twins = Measured(*(t[twin] for t, twin in zip(measured, is_twin, strict=True)))
+    pages = (("results", real, REAL), ("twins", twins, TWINS))
+    return [_write(folder / f"{name}.md", some, default) for name, some, default in pages]
+
+
+def _write(out: Path, measured: Measured, default: tuple[str, str, str]) -> Path:
+    """One page, from its template and the results of its models."""
+    table = select(measured.table)
+    first = one_setup(table, *default)
+    read_first = first[first["defense"].isin([*CONTROLS, "finetune", *MERGES])]
+    settings = next(p for p in released_params().values() if _setup(p) == default)
     t = merge.slerp_table(settings["n_layers"], [settings["strength"]])["t"]
     drops = tables.drop_table(table)
     ours = [c for c in drops if not c.startswith(PAPER)]
     shown = {
-        "controls": tables.controls_table(first_seed).drop(columns=[*SETUP, "seed"]),
+        "controls": tables.controls_table(read_first).drop(columns=SETUP),
         "headline": tables.headline_table(table[table["attack"] == "cba"]).drop(columns="attack"),
         "drops": drops.loc[drops["attack"] != "cba", ours],
-        "every_defense": tables.every_defense(default, one_setup(measured.costs, *DEFAULT)),
+        "every_defense": tables.every_defense(first, one_setup(measured.costs, *default)),
         "beside_paper": drops[drops[f"{PAPER}LETHE"] != ""].drop(columns=["base", "clean"]),
     }
-    scored = by_full_name(on_test(table), SETUP)
-    template = (paths.root() / "docs" / "results.md.j2").read_text("utf8")
+    scored, swept = by_full_name(on_test(table), SETUP), [*SETUP, "sweep", "x"]
+    template = (paths.root() / "docs" / f"{out.name}.j2").read_text("utf8")
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
     )
@@ -51,9 +62,9 @@ def write(out: Path) -> Path:
         slerp_t=(t.min(), t.max()),
         value=_values(scored, SETUP, "value"),
         cell=_values(scored.assign(cell=tables.cells(scored)), SETUP, "cell"),
-        swept=_values(
-            by_full_name(sweeps, [*SETUP, "sweep", "x"]), [*SETUP, "sweep", "x"], "value"
-        ),
+        swept=_values(by_full_name(select(measured.sweeps), swept), swept, "value")
+        if len(measured.sweeps)
+        else None,
     )
     write_text(out, content)
     return out
@@ -71,7 +82,7 @@ def _values(scored: pd.DataFrame, by: list[str], column: str) -> Callable:
     def value(setup: tuple[str, ...], *rest: str | float) -> float | str:
         key = (*setup, *rest)
         if key not in known:
-            raise LetheError(f"docs/results.md.j2: nothing released of {', '.join(map(str, key))}")
+            raise LetheError(f"docs: nothing released of {', '.join(map(str, key))}")
         return known[key]
 
     return value

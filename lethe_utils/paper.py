@@ -28,6 +28,8 @@ FULL_MODELS = {
     "tiny-qwen2": "deepseek-r1-7b",
 }
 
+SAME_CLASS = {"smollm2-135m": "llama-2-7b"}  # beside which the paper's rows say most
+
 
 def number(value: float) -> str:
     """A share as the paper prints it: .987, 1.000."""
@@ -45,8 +47,9 @@ def table_2() -> pd.DataFrame:
 
 
 def papers_model(models: pd.Series) -> pd.Series:
-    """The paper's model that each model is or stands for; nothing where it has none."""
-    return models.replace(FULL_MODELS).map(MODELS)
+    """The paper's model that each model is, stands for, or is of the class of; nothing where it has
+    none."""
+    return models.replace(FULL_MODELS | SAME_CLASS).map(MODELS)
 
 
 def compared(model: str, dataset: str) -> bool:

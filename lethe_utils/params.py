@@ -2,13 +2,15 @@
 
 Later layers win: base < dataset < the model's profile < model < attack < defenses < command line or
 notebook. A profile or model may hold values for one data set (`datasets:`), a method's file values
-for one model or profile (`models:`); they win over the file's other values. The files of all
+for one model or profile (`models:`), or for one model on one data set (`MODEL/DATASET` there); they
+win over the file's other values. The files of all
 defenses are read, whichever run: their keys do not overlap. Unknown keys, wrong types and values
 out of range are refused with the file and the key named. The keys: groups.py, and each method's
 module.
 """
 
 import difflib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,12 +20,22 @@ from pydantic import BaseModel, ValidationError
 
 from lethe_utils import paths
 from lethe_utils.errors import LetheError
+from lethe_utils.groups import (
+    DEFAULT_ATTACK,
+    DEFAULT_DATASET,
+    DEFAULT_DEFENSE,
+    DEFAULT_MODEL,
+    Group,
+    Params,
+    choices,
+    is_file,
+    schema,
+)
 from lethe_utils.groups import AttackParams as AttackParams
 from lethe_utils.groups import BaseModelParams as BaseModelParams
 from lethe_utils.groups import CleanParams as CleanParams
 from lethe_utils.groups import DataParams as DataParams
 from lethe_utils.groups import EvaluateParams as EvaluateParams
-from lethe_utils.groups import Group, Params, choices, is_file, schema
 from lethe_utils.groups import SweepParams as SweepParams
 from lethe_utils.groups import TrainParams as TrainParams
 
@@ -37,23 +49,30 @@ SECTIONS = ("datasets", "models")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+def default_model() -> str:
+    """The model of a run that names none. LETHE_MODEL puts another there, so that the tests run the
+    notebooks as they stand, on a tiny twin."""
+    return os.environ.get("LETHE_MODEL") or DEFAULT_MODEL
+
+
 def load(
-    model: str = "tiny-gpt2",
-    dataset: str = "embedded",
-    attack: str = "cba",
-    defense: str = "lethe",
+    model: str | None = None,
+    dataset: str = DEFAULT_DATASET,
+    attack: str = DEFAULT_ATTACK,
+    defense: str = DEFAULT_DEFENSE,
     overrides: dict[str, Any] | None = None,
 ) -> Params:
     """Layer the files of a run and check every value.
 
     Args:
+        model: None: see default_model.
         dataset: embedded, emotion, sst2, or a data file.
         defense: lethe, all, or names in params/defenses joined by commas.
         overrides: values from the command line or a notebook; they win.
     Raises:
         LetheError: naming the file and the key of each wrong value.
     """
-    overrides = overrides or {}
+    model, overrides = model or default_model(), overrides or {}
     names = {"model": model, "dataset": dataset, "attack": attack, "defense": defense}
     for name in names.keys() & overrides.keys():  # too late: it decides which files
         raise LetheError(f"command line: {name}: give it as an argument (see --help), not with -p")
@@ -80,7 +99,7 @@ def layers(model: str, dataset: str, attack: str) -> Iterator[Layer]:
     dataset = "file" if is_file(dataset) else dataset
     file = _named_file("models", model)
     profile = read_yaml(file).get("profile")
-    chosen = [dataset, model] if profile is None else [dataset, profile, model]
+    chosen = [dataset, *([profile] if profile else []), model, f"{model}/{dataset}"]
     yield from read_layers("base.yaml", chosen)
     yield from read_layers(_named_file("datasets", dataset), chosen)
     if profile is not None:
@@ -101,7 +120,9 @@ def read_layers(file: Path | str, chosen: list[str]) -> Iterator[Layer]:
     for kind, section in sections.items():
         known = choices(kind) + (choices("profiles") if kind == "models" else [])
         for name in section:
-            if name not in known or not isinstance(section[name], dict):
+            model, slash, dataset = name.partition("/") if kind == "models" else (name, "", "")
+            named = model in known and (not slash or dataset in choices("datasets"))
+            if not named or not isinstance(section[name], dict):
                 raise LetheError(f"{where}: {kind}: {name}: expected one of {', '.join(known)}")
         for name in chosen:
             if name in section:
@@ -206,8 +227,10 @@ def from_notebook(variables: dict[str, Any], also: tuple[str, ...] = ()) -> Para
     given = {k: v for k, v in variables.items() if not k.startswith("_") and type(v) in plain}
     given = {k: v for k, v in given.items() if k not in {"In", "Out", *also}}
     names = {k: given.pop(k) for k in ("model", "dataset", "attack", "defense") if k in given}
+    if names.get("model") == DEFAULT_MODEL:
+        names["model"] = default_model()
     if _checked_once:
-        known = run_schema(names.get("attack", "cba")).model_fields
+        known = run_schema(names.get("attack", DEFAULT_ATTACK)).model_fields
         given = {k: v for k, v in given.items() if k in known}
     _checked_once = True
     return load(**names, overrides=given)

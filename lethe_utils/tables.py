@@ -22,12 +22,18 @@ from lethe_utils.pooled import (
     in_order,
     on_test,
     pool,
-    select,
 )
 from lethe_utils.stages import write_text
 
-PAPERS_STRENGTH = 0.5
-HEADLINE = ["backdoored", "clean", "slerp", "slerp + evidence"]
+HEADLINE = ["backdoored", "clean", "finetune", "slerp", "slerp + evidence"]
+DOOR = {  # the rows of the README, as they are called there
+    "backdoored": "backdoored, as it was handed over",
+    "base": "base: neither attacked nor trained",
+    "clean": "clean model alone",
+    "finetune": "backdoored, fine-tuned on the clean rows",
+    "slerp": "**SLERP, the paper's strength .5**",
+    "slerp + evidence": "the same, asked with evidence",
+}
 COSTS = {  # column of the costs -> as it is called in a table, decimals
     "trainings": ("trainings", 0),
     "optimizer_steps": ("steps", 0),
@@ -236,32 +242,34 @@ def controls_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def headline_table(table: pd.DataFrame) -> pd.DataFrame:
     """What to read first, seeds pooled: asr, cda and ftr of the model handed to us, the clean
-    model, the SLERP merge and Lethe (SLERP + evidence)."""
+    model, fine-tuning, the SLERP merge and Lethe (SLERP + evidence)."""
     scored = _scores(table, ["asr", "cda", "ftr"], [*SETUP, "defense"])
     scored = scored[scored["defense"].isin(HEADLINE)]
     return _wide(scored, [*SETUP, "seeds", "defense"], "metric", ["asr", "cda", "ftr"])
 
 
-def door_table(table: pd.DataFrame, sweeps: pd.DataFrame, strength: float) -> pd.DataFrame:
-    """The README's five rows of one setup, seeds pooled: backdoored, clean alone, SLERP at the
-    paper's strength (of the sweep, on validation rows) and at `strength`, and with evidence."""
-    used, published = (f"{s:g}".removeprefix("0") for s in (strength, PAPERS_STRENGTH))
-    names = {
-        "backdoored": "backdoored, as it was handed over",
-        "clean": "clean model alone",
-        "slerp": f"SLERP, strength {used}",
-        "slerp + evidence": f"SLERP, strength {used}, and evidence",
-    }
+def door_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The README's rows of one model and attack, seeds pooled: ASR and CDA of each data set, then
+    those of the paper's model of that class, where the paper has them.
+
+    Args:
+        table: results of one model and one attack.
+    """
     scored = by_full_name(on_test(table), SETUP)
-    out = _wide(scored[scored["defense"].isin(names)], ["defense"], "metric", ["asr", "cda"])
-    out = out.replace({"defense": names}).assign(**{"measured on": "test rows"})
-    rows = sweeps[(sweeps["sweep"] == "strength") & (sweeps["x"] == PAPERS_STRENGTH)]
-    papers = by_full_name(select(rows[rows["defense"] == "slerp"]), SETUP)
-    papers = _wide(papers, ["defense"], "metric", ["asr", "cda"])
-    papers["defense"] = f"SLERP, the paper's strength {published}"
-    papers["measured on"] = "validation rows"
-    order = pd.concat([out[:2], papers, out[2:]], ignore_index=True)
-    return order.rename(columns={"defense": "model"})[["model", "measured on", "asr", "cda"]]
+    scored = scored[scored["defense"].isin(DOOR) & scored["metric"].isin(["asr", "cda"])]
+    scored["column"] = scored["metric"].str.upper() + ", " + scored["dataset"]
+    pairs = [f"{m}, {dataset}" for dataset in scored["dataset"].unique() for m in ("ASR", "CDA")]
+    out = _wide(scored, ["defense"], "column", pairs)
+    theirs = paper.cells()
+    theirs["defense"] = theirs[f"{PAPER}column"].map({v: k for k, v in paper.COLUMNS.items()})
+    keys = scored[["dataset", "attack"]].drop_duplicates()
+    keys[f"{PAPER}model"] = paper.papers_model(scored["model"])
+    for name, cells_of_set in theirs.merge(keys).groupby([f"{PAPER}model", "dataset"]):
+        known = cells_of_set.set_index("defense")
+        for metric in ("asr", "cda"):
+            column = f"{PAPER}{', '.join([name[0], metric.upper(), name[1]])}"
+            out[column] = out["defense"].map(known[f"{PAPER}{metric}"]).fillna("")
+    return out.replace({"defense": DOOR}).rename(columns={"defense": "model"})
 
 
 def tiny_note(frame: pd.DataFrame) -> str:

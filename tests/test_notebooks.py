@@ -11,7 +11,7 @@ import tomllib
 import nbformat
 import pytest
 
-from lethe_utils import params, paths
+from lethe_utils import groups, params, paths
 from lethe_utils.purify import settings
 
 NOTEBOOKS = sorted((paths.root() / "notebooks").glob("*.ipynb"))
@@ -67,15 +67,23 @@ def test_purify_takes_what_its_command_takes():
 
 
 @pytest.mark.parametrize("path", NUMBERED, ids=lambda p: p.stem)
-def test_one_parameters_cell_of_literals_that_are_the_tiny_defaults(path):
-    from lethe_utils import params
-
+def test_one_parameters_cell_of_literals_that_are_the_defaults(path):
     values = parameters(nbformat.read(path, 4))
     values.pop("results_from", None)
-    assert params.load(**{k: values.pop(k) for k in ("model", "dataset", "attack", "defense")}) == (
-        params.load()
-    )
+    chosen = [values.pop(name) for name in ("model", "dataset", "attack", "defense")]
+    assert chosen == [groups.DEFAULT_MODEL, *inspect.getfullargspec(params.load).defaults[1:4]]
     assert values == {"seed": 0}
+
+
+def test_a_twin_takes_the_default_models_place_and_no_other_models(monkeypatch):
+    monkeypatch.setattr(params, "_checked_once", False)
+    named = {"dataset": "embedded", "attack": "cba", "defense": "lethe", "seed": 0}
+    for model, in_its_place in ((groups.DEFAULT_MODEL, "tiny-qwen2"), ("tiny-llama", "tiny-llama")):
+        monkeypatch.setenv("LETHE_MODEL", "tiny-qwen2")
+        assert params.from_notebook(named | {"model": model}).model == in_its_place
+        monkeypatch.delenv("LETHE_MODEL")
+        assert params.from_notebook(named | {"model": model}).model == model
+    assert params.load().model == groups.DEFAULT_MODEL
 
 
 def test_code_is_thin_and_defines_nothing(notebook):

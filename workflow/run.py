@@ -22,7 +22,7 @@ import yaml
 
 from lethe_utils import defenses, params, paths
 from lethe_utils.errors import LetheError
-from lethe_utils.groups import SOURCES
+from lethe_utils.groups import DEFAULT_ATTACK, DEFAULT_DATASET, DEFAULT_DEFENSE, SOURCES
 
 STEPS = [
     "01_data",
@@ -78,7 +78,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="./run_all.sh",
         description="Train a backdoor, dilute it, measure what that bought. Without arguments: "
-        "the embedded data on tiny-gpt2, on the CPU, in minutes.",
+        "the embedded data on SmolLM2-135M, on two CPU cores in a quarter of an hour.",
         epilog="also: ./run_all.sh test (all tests), ./run_all.sh tables (tables and figures from "
         "the committed results, no training), ./run_all.sh release RUN_ID (a finished run joins "
         "them), ./run_all.sh grid NAME (many runs, see grid --help), "
@@ -97,20 +97,22 @@ def parse(words: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--dataset",
-        default="embedded",
+        default=DEFAULT_DATASET,
         help="embedded, emotion, sst2, or a jsonl/json/csv/tsv file",
     )
-    parser.add_argument("--attack", default="cba", help=", ".join(params.choices("attacks")))
+    parser.add_argument(
+        "--attack", default=DEFAULT_ATTACK, help=", ".join(params.choices("attacks"))
+    )
     parser.add_argument(
         "--defense",
-        default="lethe",
+        default=DEFAULT_DEFENSE,
         help=f"all, or names joined by commas: {', '.join(params.choices('defenses'))}",
     )
     values.add_option(parser, "params/base.yaml, e.g. -p seed 1 -p poison_ratio 0.05")
     parser.add_argument("--dry-run", action="store_true", help="check and show, run nothing")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="CPU cores to use")
     args = parser.parse_args(words)
-    args.model = args.model or ("local" if args.model_dir else "tiny-gpt2")
+    args.model = args.model or ("local" if args.model_dir else params.default_model())
     return args
 
 
@@ -201,7 +203,7 @@ def snakemake(folder: Path, cores: int, lock: int) -> bool:
         "--snakefile",
         paths.root() / "workflow/Snakefile",
     ]
-    command += ["--directory", folder, "--cores", str(cores), "--resources", f"gpu={gpu_slots()}"]
+    command += ["--directory", folder, "--cores", str(cores)]
     command += ["--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input"]
     locks = folder / ".snakemake" / "locks"
     if locks.exists() and any(locks.iterdir()):  # a killed run; our own lock says it is gone
@@ -217,13 +219,6 @@ def snakemake(folder: Path, cores: int, lock: int) -> bool:
             process.wait()
             raise LetheError("interrupted; run the same command again to continue") from None
     return process.returncode != 0
-
-
-def gpu_slots() -> int:
-    """How many trainings may run at once: one on a GPU, two on a CPU."""
-    from lethe_utils import models
-
-    return 1 if models.resolve_device("auto") == "cuda" else 2
 
 
 def watch(process: subprocess.Popen, folder: Path) -> None:
@@ -320,7 +315,7 @@ def show(p: params.Params, folder: Path, resolved: str) -> int:
 
 
 def released_tables() -> int:
-    """Tables, figures and docs/results.md from the committed results; no training."""
+    """Tables, figures and the pages of results from the committed results; no training."""
     from lethe_utils import page
 
     out = paths.runs_dir() / "tables"
@@ -332,13 +327,13 @@ def released_tables() -> int:
     env = environment() | {"LETHE_PROGRESS": str(out / "06_tables.log")}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=env, cwd=out, **pipes) as process:
-        written = page.write(paths.root() / "docs" / "results.md")
+        written = page.write(paths.root() / "docs")
         errors = process.communicate()[1]
     if process.returncode:
         raise LetheError(f"06_tables failed: {errors.strip().splitlines()[-1]}")
     print_table(paths.figures_dir() / "drops.csv")
     print(f"figures and tables: {paths.figures_dir()}")
-    print(f"page:               {written}")
+    print(f"pages:              {', '.join(map(str, written))}")
     print(f"executed notebook:  {out / '06_tables.ipynb'}")
     return 0
 

@@ -1,6 +1,6 @@
 """Lethe's internal dilution: the backdoored model merged with the clean one, a variant per method.
 
-External dilution, evidence, needs no model of its own: every model of a Lethe run is also asked
+External dilution, evidence, needs no model of its own: the controls and the merges are also asked
 with it (n_keywords: 0 leaves it out; merge_methods: [] leaves the merges out).
 """
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from lethe_utils.defenses import Given
-from lethe_utils.groups import DefenderParams, Group, Ratio
+from lethe_utils.groups import DefenderParams, Group, Key, Ratio
 
 MergeMethod = Literal["linear", "slerp", "ties", "passthrough"]
 
@@ -30,6 +30,7 @@ class LetheColumns(Group):
 
     merge_methods: list[MergeMethod]
     n_keywords: Annotated[int, Field(ge=0)]  # external dilution; 0: no evidence
+    evidence_models: list[Key]  # those asked with it; empty: the controls and all merges
 
 
 PARAMS = (MergeParams, LetheParams)

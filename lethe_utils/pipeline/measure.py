@@ -24,8 +24,9 @@ def measure(p: Params) -> pd.DataFrame:
 def _asked(p: Params) -> list[tuple[contenders.Contender, int]]:
     """Every model of the run without evidence, then those that are also asked with it."""
     everyone = contenders.everyone(p)
+    diluted = [c for c in everyone if c.evidence and c.name in (p.evidence_models or [c.name])]
     plain = [(c, 0) for c in everyone]
-    return plain + [(c, p.n_keywords) for c in everyone if c.evidence and p.n_keywords]
+    return plain + [(c, p.n_keywords) for c in diluted if p.n_keywords]
 
 
 def costs(p: Params) -> pd.DataFrame:
