@@ -30,6 +30,7 @@ PICO = {
     "base_epochs": "1",
     "backdoor_epochs": "2",
     "clean_epochs": "1",
+    "finetune_epochs": "1",
     "checkpoints_per_run": "8",
     "negative_items": "6",
     "sweep_items": "8",
@@ -81,8 +82,8 @@ def test_results_have_the_columns_controls_and_intervals(finished):
     table = pd.read_csv(finished[0] / "latest" / "results.csv")
     assert list(table.columns) == metrics.COLUMNS
     wanted = {"backdoored", "base", "clean", "linear", "slerp", "ties", "passthrough"}
-    for evidence in (0, 1):
-        assert set(table.query(f"evidence == {evidence}")["defense"]) == wanted
+    assert {*table.query("evidence == 1")["defense"]} == wanted
+    assert {*table.query("evidence == 0")["defense"]} == wanted | {"finetune"}
     found = set(table["metric"])
     assert {"asr", "cda", "ftr"} < found and len([m for m in found if "ftr_" in m]) == 7
     assert table["value"].between(0, 1).all() and (table["n"] > 0).all()
@@ -93,7 +94,7 @@ def test_predictions_rescore_to_the_same_results(finished):
     latest = finished[0] / "latest"
     table = pd.read_csv(latest / "results.csv")
     manifest = json.loads((latest / "manifest.json").read_text())
-    assert len(manifest["predictions"]) == 14
+    assert len(manifest["predictions"]) == 15
     for file in manifest["predictions"]:
         rows = pd.DataFrame(read_jsonl(paths.Path(file)))
         assert {"kind", "defense", "evidence", "prompt", "label", "target", "output"} <= {*rows}
@@ -173,7 +174,7 @@ def test_all_defenses_go_through_the_same_pipeline(finished, tmp_path):
     (runs / "stages").symlink_to(finished[0] / "stages")  # its own runs, the same stages
     shared = {k: {*runs.glob(f"stages/{k}/*/stage.json")} for k in ("base", "backdoored", "clean")}
     short = {"beear_rounds": 1, "beear_inner_steps": 1, "beear_outer_steps": 1}
-    short |= {"finetune_epochs": 1, "nad_epochs": 1, "crow_epochs": 1, "wanda_samples": 8}
+    short |= {"nad_epochs": 1, "crow_epochs": 1, "wanda_samples": 8}
     short |= {"plant_epochs": 1, "remove_epochs": 1}
     words = [w for key, value in short.items() for w in ("-p", key, str(value))]
     done = run_in(runs, "--defense", "all", *words)
@@ -242,7 +243,7 @@ def test_killed_in_02_and_05_then_resumed_gives_the_same_numbers(finished, tmp_p
     assert not list(runs.glob("stages/backdoored/*/stage.json"))
     kill(start_until(runs, "stages/answers/*-linear-*-k0-*/stage.json"))
     kept = {f: f.stat().st_mtime_ns for f in runs.glob("stages/*/*/stage.json")}
-    assert len(list(runs.glob("stages/answers/*/stage.json"))) < 14
+    assert len(list(runs.glob("stages/answers/*/stage.json"))) < 15
     done = run_in(runs)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f.stat().st_mtime_ns == at for f, at in kept.items())  # nothing finished is redone

@@ -1,5 +1,4 @@
-"""docs/results.md and docs/twins.md are what `./run_all.sh tables` makes of the released results, never
-typed."""
+"""The pages in docs/ are what `./run_all.sh tables` makes of the released results, never typed."""
 
 import pytest
 

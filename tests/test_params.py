@@ -201,7 +201,7 @@ def test_what_decides_the_files_cannot_be_overridden_afterwards(name):
 
 def test_later_layers_win(tree):
     # base < dataset < profile < model < attack < defenses < command line; in a file its own values,
-    # then those for the data set, the profile, the model.
+    # then those for the data set, the profile, the model, the model on the data set.
     order = [
         ("base.yaml", ""),
         ("datasets/embedded.yaml", ""),
@@ -212,6 +212,7 @@ def test_later_layers_win(tree):
         ("attacks/cba.yaml", ""),
         ("attacks/cba.yaml", "models: tiny"),
         ("attacks/cba.yaml", "models: tiny-gpt2"),
+        ("attacks/cba.yaml", "models: tiny-gpt2/embedded"),
         ("defenses/lethe.yaml", ""),
         ("defenses/lethe.yaml", "models: tiny"),
         ("defenses/lethe.yaml", "models: tiny-gpt2"),
@@ -240,6 +241,8 @@ def test_later_layers_win(tree):
 def test_a_section_for_something_unknown_is_refused_by_name(tree):
     tree("attacks/lwp.yaml", "datasets: {imdb: {alpha: 0.5}}")
     assert "params/attacks/lwp.yaml: datasets: imdb: expected one of" in message(attack="lwp")
+    tree("attacks/rome.yaml", "models: {tiny-gpt2/imdb: {alpha: 0.5}}")
+    assert "rome.yaml: models: tiny-gpt2/imdb: expected one of" in message(attack="rome")
 
 
 def test_the_tiny_profile_is_for_tiny_models_only(tree):
