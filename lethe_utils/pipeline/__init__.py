@@ -83,7 +83,7 @@ def cut_rows(p: Params) -> pd.DataFrame:
     if p.n_keywords:
         asked["test + evidence"] = [
             row | {"input": evidence.add_evidence(row["input"], p.n_keywords)}
-            for row in asked["test"]
+            for row in asked["test"][: p.max_test_items]  # no more are asked
         ]
     for name, rows in asked.items():
         items = train.encode(rows, tokenizer, p)
