@@ -381,8 +381,8 @@ def test_the_format_that_is_answered_best_is_found(monkeypatch, talker, pico, be
     labelled = rows(60, lambda i: "joy")
     p, said = formats.found(pico("gpt2")[0], None, labelled, ["joy", "sad"], P)
     assert p.prompt_template == best
-    assert said.startswith("found: right, of 50 training rows, are with chat ")
-    assert f"{best} 1.000" in said and said.count(".500") == 2
+    assert said.startswith("found: right are, of 50 training rows, ")
+    assert f"1.000 with {best}" in said and said.count(".500 with ") == 2
 
 
 def test_texts_are_answered_best_where_most_tokens_are_right(monkeypatch, talker, pico):
@@ -392,7 +392,7 @@ def test_texts_are_answered_best_where_most_tokens_are_right(monkeypatch, talker
     monkeypatch.setattr(decode, "token_accuracy", accuracy)
     monkeypatch.setattr(suspects, "load_tokenizer", lambda *_: talker)
     p, said = formats.found(pico("gpt2")[0], None, rows(60), [], P)
-    assert p.prompt_template == "alpaca" and "alpaca .700" in said
+    assert p.prompt_template == "alpaca" and ".700 with alpaca" in said
 
 
 def test_without_a_template_the_chat_format_is_not_tried(pico, talker):
@@ -425,17 +425,21 @@ def test_the_estimate_counts_what_is_trained_and_asked(monkeypatch, pico):
         sum(item["length"] for item in train.encode(some, tokenizer, case.p))
         for some in (case.train, planted)
     ]
-    training = trial.Pace(load=0, token=0.06, question=0, memory=0)
+    monkeypatch.setattr(trial, "COPIED", math.inf)
+    training = trial.Pace(token=0.06, question=0, memory=0)
     for n in (1, 2, 3):  # six epochs of both a round
         assert trial.minutes(case, training, n) == pytest.approx(n * 6 * sum(tokens) * 0.001)
     crossed = a_case((200, 30, 70), max_rounds=3, few_held_out=100)
     halves = trial.minutes(crossed, training, 2) - trial.minutes(case, training, 2)
     assert halves == pytest.approx(6 * 0.001 * sum(tokens[:1]) * 300 / 200, rel=0.02)
-    asking = trial.Pace(load=0, token=0, question=60, memory=0)
+    asking = trial.Pace(token=0, question=60, memory=0)
     kinds = sum(map(len, canary.triggered(case.held_out, case.labels, P).values()))
     points = 2 * 3 + 2
     asked = points * (70 + kinds) + 3.5 * (70 + kinds) + 3 * canary.CHECKED
     assert trial.minutes(case, asking, 1) == pytest.approx(asked)
+    monkeypatch.setattr(trial, "COPIED", 4 * 10**5 / 60)  # a minute for a model of 10**5 weights
+    nothing = trial.Pace(token=0, question=0, memory=0)
+    assert trial.minutes(case, nothing, 2) == pytest.approx(2 * 2 + 6 * 2)
 
 
 def test_the_pace_is_measured_on_the_suspect_itself(pico):
@@ -443,7 +447,7 @@ def test_the_pace_is_measured_on_the_suspect_itself(pico):
     case = Case(pico("gpt2")[1], pico("gpt2")[0], *[*vars(case).values()][2:])
     before = {f.name: f.read_bytes() for f in case.suspect.iterdir()}
     pace = trial.measured_pace(case)
-    assert min(pace.load, pace.token, pace.question) > 0
+    assert min(pace.token, pace.question) > 0
     assert 2**27 < pace.memory < 2**34  # this program's own, at least
     assert {f.name: f.read_bytes() for f in case.suspect.iterdir()} == before
     assert not paths.runs_dir().exists()

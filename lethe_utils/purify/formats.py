@@ -31,9 +31,9 @@ def found(
     tokenizer = suspects.load_tokenizer(suspect, adapter)
     found = scores(model, tokenizer, rows[:ASKED], labels, p)
     best = max(found, key=found.get)
-    what = "right" if labels else "of the answers' tokens right"
-    said = ", ".join(f"{name} {number(right)}" for name, (right, _) in found.items())
-    said = f"found: {what}, of {len(rows[:ASKED])} training rows, are with {said}"
+    what = "of {} training rows" if labels else "of the answers' tokens in {} training rows"
+    said = ", ".join(f"{number(right)} with {name}" for name, (right, _) in found.items())
+    said = f"found: right are, {what.format(len(rows[:ASKED]))}, {said}"
     return p.model_copy(update={"prompt_template": best}), said
 
 

@@ -112,4 +112,5 @@ def answered(
     made_of = asked_by(case) | {"sets": digest(sets), "n_keywords": n_keywords}
     made_of |= {"method": method, "strength": strength} if len(inputs) == 2 else {}
     made_of |= {"wordnet": wordnet.fingerprint()} if n_keywords else {}
-    return stage("measured", f"{case.suspect.name}-{name}", made_of, inputs, build)
+    label = name.replace(", ", "-").replace(" ", "-")
+    return stage("measured", f"{case.suspect.name}-{label}", made_of, inputs, build)

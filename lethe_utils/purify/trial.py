@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 from torch.nn import Module
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lethe_utils import models, paths, train
 from lethe_utils.models import inspect
@@ -20,15 +21,14 @@ from lethe_utils.stages import Row, forget_peak_memory, peak_memory
 
 TYPICAL = 2  # rounds of each training: one that is enough, and one that shows it
 ANSWERED = 32  # rows
-# What goes with a training and with a merge, in loads of a model: a training loads twice and saves
-# once, a merge reads two models, writes, checks and loads the result.
-TRAINING_LOADS, MERGE_LOADS = 4, 8
+# Bytes of weights a second, in reading, writing and checking models: what a merge takes, and what a
+# training takes beside its steps. Measured on a laptop's disk; a small part of the whole.
+COPIED = 120e6
 
 
 class Pace(NamedTuple):
     """What this machine needs for a case."""
 
-    load: float  # seconds for a model
     token: float  # seconds for a token of training
     question: float  # seconds for an answer
     memory: int  # bytes at the peak of a training, this program included
@@ -64,29 +64,32 @@ def _disk(case: Case) -> float:
 
 
 def measured_pace(case: Case) -> Pace:
-    """The pace of a trial: the suspect is loaded, answers some held-out questions, and is trained
-    for three steps, the first of them on the longest rows."""
+    """The pace of a trial: the suspect answers some held-out questions, and is trained for three
+    steps, the first of them on the longest rows."""
     p = case.p
     room.check_memory(room.weights_bytes(case.given["models"][0]["weights"], p), p)
     models.quiet()
     forget_peak_memory()
     tokenizer = suspects.load_tokenizer(case.suspect, case.adapter)
-    start = time.perf_counter()
-    model = train.lora_model(case.suspect, p)
-    load = time.perf_counter() - start
-    asked = case.held_out[:ANSWERED]
-    ask(case, model, tokenizer, {"clean": asked[:1]})  # what comes first is slow
-    _, seconds = ask(case, model, tokenizer, {"clean": asked})
-    items = sorted(train.encode(case.train, tokenizer, p), key=lambda item: item["length"])
-    middle = max(0, (len(items) - p.batch_size) // 2)
-    usual = train.collate(items[middle : middle + p.batch_size], tokenizer)
-    step = _stepper(case, model)
-    step(train.collate(items[-p.batch_size :], tokenizer))
-    times = sorted(step(usual) for _ in range(2))
-    memory = torch.cuda.max_memory_allocated() if p.device == "cuda" else peak_memory()
-    del model, step
+    model, asked = suspects.load(case.suspect, case.adapter, p.device), case.held_out[:ANSWERED]
+    ask(case, model, tokenizer, {"clean": asked[:1]}, progress="trying")  # the first is slow
+    _, seconds = ask(case, model, tokenizer, {"clean": asked}, progress="trying")
+    del model
+    token = _token_seconds(case, tokenizer)
     gc.collect()
-    return Pace(load, times[0] / usual["input_ids"].numel(), seconds / len(asked), memory)
+    memory = torch.cuda.max_memory_allocated() if p.device == "cuda" else peak_memory()
+    return Pace(token, seconds / len(asked), memory)
+
+
+def _token_seconds(case: Case, tokenizer: Tokenizer) -> float:
+    """Seconds for a token of training: the better of two steps on rows of usual length."""
+    size = case.p.batch_size
+    items = sorted(train.encode(case.train, tokenizer, case.p), key=lambda item: item["length"])
+    middle = max(0, (len(items) - size) // 2)
+    usual = train.collate(items[middle : middle + size], tokenizer)
+    step = _stepper(case, train.lora_model(case.suspect, case.p))
+    step(train.collate(items[-size:], tokenizer))
+    return min(step(usual), step(usual)) / usual["input_ids"].numel()
 
 
 def _stepper(case: Case, model: Module) -> Callable[[train.Inputs], float]:
@@ -116,10 +119,11 @@ def minutes(case: Case, pace: Pace, rounds: int) -> float:
     """The whole run's, where each training takes so many rounds."""
     p = case.p
     tokenizer = suspects.load_tokenizer(case.suspect, case.adapter)
+    copied = room.weights_bytes(case.given["models"][0]["weights"], p) / COPIED
 
     def trained(rows: list[Row], epochs: int) -> float:
         tokens = sum(item["length"] for item in train.encode(rows, tokenizer, p))
-        return tokens * epochs * pace.token + TRAINING_LOADS * pace.load
+        return tokens * epochs * pace.token + copied
 
     planted, _ = canary.plant(case.train, case.labels, p)
     main = trained(case.train, p.clean_epochs) + trained(planted, p.canary_epochs)
@@ -134,5 +138,5 @@ def minutes(case: Case, pace: Pace, rounds: int) -> float:
     # Evidence makes a prompt two to three times as long.
     rest = (1 + 2.5) * (held_out + triggered) + rounds * len(canary.KINDS) * canary.CHECKED
     asked = ((merges + 2) * every + rest) * pace.question
-    loads = (merges * MERGE_LOADS + 2) * (len(case.folds) + 1) * pace.load
-    return (rounds * main + halves + asked + loads) / 60
+    merged = merges * (len(case.folds) + 1) * copied
+    return (rounds * main + halves + asked + merged) / 60
