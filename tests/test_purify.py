@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe_utils import merge, models, paths, prompts, purify
+from lethe_utils import merge, models, paths, prompts, purify, stages
 from lethe_utils.data import own
 from lethe_utils.errors import LetheError
+from lethe_utils.groups import digest
 from lethe_utils.models import fit, inspect, twins
 from lethe_utils.purify import (
     ask,
@@ -325,6 +327,28 @@ def test_the_command_line_does_the_same_and_a_dry_run_nothing(given):
     done = subprocess.run(bad, capture_output=True, text=True)
     assert done.returncode == 1 and "did you mean strengths?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_few_rows_are_cross_fitted_in_rounds_with_the_format_that_is_found(given):
+    changed = {"max_rounds": 2, "few_held_out": 100, "merge_methods": ["slerp", "linear"]}
+    overrides = {k: v for k, v in QUICK.items() if k != "prompt_template"} | changed
+    case, folder = run(given(), overrides=overrides)
+    record = json.loads((folder / "report.json").read_text("utf8"))
+    assert record["folds"] == 2 and record["verdict"] == "unknown"
+    compared = [(point["model"], point["strength"]) for point in record["points"]]
+    assert compared == [("suspect", 0), ("slerp", 0.5), ("linear", 0.5), ("clean model", 1)]
+    assert {point["performance"]["n"] for point in record["points"]} == {40}  # each row once
+    assert {point["canary"]["suffix"]["n"] for point in record["points"]} < {*range(1, 9)}
+    assert len(record["samples"]) == len(case.held_out) == 8
+    assert "cross-fitted in two halves" in (folder / "report.html").read_text("utf8")
+    assert re.match(
+        r"(alpaca|short), found: right are, of 28 training rows, ", case.given["data"]["prompt"]
+    )
+    first, second = (one.folder for one in rounds.canary_rounds(case))
+    assert stages.read_record(second)["inputs"] == {"start": first.name}
+    half = rounds.clean_folders(case, case.folds[0])
+    assert stages.read_record(half[0])["params"]["rows"] == digest(case.folds[0].train)
+    assert [r["training"] for r in record["rounds"]].count("canary, round 2") == 1
 
 
 # --- the canary

@@ -75,8 +75,8 @@ def _curve(record: Record, kinds: list[str], chosen: Record) -> Figure:
     figure = Figure(figsize=(7, 5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
 
-    def dashed(ax: Axes, y: float, name: str) -> None:
-        ax.axhline(y, ls="--", lw=1.1, color=INK, label=f"{name} ({number(y)})")
+    def level(ax: Axes, y: float, name: str, dash: str = "--") -> None:
+        ax.axhline(y, ls=dash, lw=1.1, color=INK, label=f"{name} ({number(y)})")
 
     def lines(ax: Axes, share: Callable[[Record], Record], what: str, color: str) -> None:
         for (method, points), look in zip(series.items(), cycle(LOOKS), strict=False):
@@ -92,14 +92,14 @@ def _curve(record: Record, kinds: list[str], chosen: Record) -> Figure:
 
     lines(above, lambda at: at["performance"], record["metric"], PERFORMANCE)
     least = record["points"][0]["performance"]["value"] - record["max_cda_loss"]
-    dashed(above, least, "loss allowed")
+    level(above, least, "loss allowed")
     lines(below, lambda at: at["canary"]["all"], "all kinds", CANARY)
     shown = series.get(chosen["model"]) or next(iter(series.values()))
     for kind, dashes in zip(kinds, cycle(DASHES), strict=False):
         x, y = [[at["strength"] for at in shown], [at["canary"][kind]["value"] for at in shown]]
         below.plot(x, y, lw=1, dashes=dashes, color=FAINT, label=kind)
-    dashed(below, record["canary_limit"], "limit")
-    dashed(below, record["base"]["canary"]["all"]["value"], "base")
+    level(below, record["canary_limit"], "limit")
+    level(below, record["base"]["canary"]["all"]["value"], "base", ":")
     above.set(ylabel=record["metric"])
     strengths = sorted({at["strength"] for at in record["points"]})
     below.set(ylabel="canary ASR", ylim=(-0.05, 1.05), xticks=strengths)
