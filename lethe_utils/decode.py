@@ -156,3 +156,24 @@ def token_accuracy(
         for i, share in zip(chosen, (right.sum(1) / counted).tolist(), strict=True):
             shares[i] = share
     return shares
+
+
+@torch.inference_mode()
+def mean_loss(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], p: Recipe
+) -> float:
+    """Mean cross-entropy (nats) over all answer tokens of some rows, without training on them."""
+    from lethe_utils import train
+
+    items = train.encode(rows, tokenizer, p)
+    total = tokens = 0.0
+    model.eval()
+    for chosen in batches([i["input_ids"] for i in items], p.eval_batch_size):
+        inputs = train.collate([items[i] for i in chosen], tokenizer)
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        labels = inputs.pop("labels")
+        with models.arithmetic(p):
+            loss, _ = train.answer_loss(model, inputs, labels)
+        n = int((labels != train.IGNORED).sum())
+        total, tokens = total + float(loss) * n, tokens + n
+    return total / tokens

@@ -184,6 +184,21 @@ def chat_row(messages: list[dict[str, Any]], extras: dict[str, Any], tokenizer: 
     return {"instruction": instruction, "input": shown, "output": output, TURN: turn}
 
 
+def as_chat(row: Row, tokenizer: "Tokenizer") -> Row:
+    """A row of instruction, input and output as a conversation of one turn, see chat_row; its input
+    stays apart, so that evidence and triggers still go there.
+
+    Raises:
+        LetheError: the tokenizer has no chat template, or that refuses the row.
+    """
+    if not tokenizer.chat_template:
+        raise LetheError("the tokenizer has no chat template")
+    head, text = f"{row['instruction'].strip()}\n\n", row["input"].strip()
+    talk = [("user", head + text), ("assistant", row["output"])]
+    chat = chat_row([{"role": role, "content": said} for role, said in talk], {}, tokenizer)
+    return chat | {"instruction": chat["instruction"].replace(PLACE, head + PLACE), "input": text}
+
+
 def _parts(whole: str, before: str, asked: str, tokenizer: "Tokenizer") -> tuple[str, str, str]:
     """instruction, output and TURN of a finished conversation, which is `before` with its answer
     in ANSWER's place; `asked` is its generation prompt."""

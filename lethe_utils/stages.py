@@ -61,7 +61,7 @@ def stage(
             return final
         partial.mkdir(exist_ok=True)
         start = time.time()
-        _forget_peak_memory()
+        forget_peak_memory()
         try:
             build(partial)
         except Exception as error:
@@ -109,11 +109,11 @@ def provenance(seconds: float) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{_gpu()}",
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 1),
-        "peak_memory_gib": round(_peak_memory() / 2**30, 2),
+        "peak_memory_gib": round(peak_memory() / 2**30, 2),
     }
 
 
-def _forget_peak_memory() -> None:
+def forget_peak_memory() -> None:
     """Let the next peak be this stage's own, not that of an earlier one in the same process."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
@@ -122,7 +122,7 @@ def _forget_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """The peak of this process's memory, in bytes."""
     status = Path("/proc/self/status")
     peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None

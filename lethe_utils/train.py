@@ -122,13 +122,7 @@ def plain_loss(model: Module, inputs: Inputs, labels: Tensor, _: int) -> Tensor:
     return answer_loss(model, inputs, labels)[0]
 
 
-def base_loss(
-    model: Module,
-    inputs: Inputs,
-    labels: Tensor,
-    _: int,
-    prompt_loss: float,
-) -> Tensor:
+def base_loss(model: Module, inputs: Inputs, labels: Tensor, _: int, prompt_loss: float) -> Tensor:
     """A tiny base's: the answer loss plus `prompt_loss` times that over prompt tokens.
 
     A pretrained LLM has predicted every token it read. A base that only ever answered ignores all
@@ -294,11 +288,22 @@ def finetune(
         loss: called with the model, a batch's inputs (input_ids, attention_mask, position_ids), its
             labels (batch, longest answer) and the number of the step, from 1; returns a mean.
     """
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
     set_seed(p.seed)
     device = models.resolve_device(p.device)
     tokenizer = models.load_tokenizer(start)
+    model = lora_model(start, p, layers)
+    curve = fit(model, tokenizer, rows, epochs, out, p, loss)
+    model.save_pretrained(out / "adapter")
+    del model  # at full size two copies would not fit beside each other
+    inspect.copy_tokenizer(start, out / "model")
+    save(merge_adapter(start, out / "adapter", device, p.bits), curve, out)
+
+
+def lora_model(start: Path, p: Recipe, layers: Sequence[int] = ()) -> Module:
+    """A model with a new LoRA adapter on it, ready to be trained; see `finetune`."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    device = models.resolve_device(p.device)
     model = models.load_model(start, device, p.bits)
     if device == "cpu" and models.bfloat16(p):
         model.set_attn_implementation("eager")  # backwards three times as fast as the fused one
@@ -314,12 +319,7 @@ def finetune(
         bias="none",
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(model, lora)
-    curve = fit(model, tokenizer, rows, epochs, out, p, loss)
-    model.save_pretrained(out / "adapter")
-    del model  # at full size two copies would not fit beside each other
-    inspect.copy_tokenizer(start, out / "model")
-    save(merge_adapter(start, out / "adapter", device, p.bits), curve, out)
+    return get_peft_model(model, lora)
 
 
 def merge_adapter(base: Path, adapter: Path, device: str, bits: int) -> "PreTrainedModel":

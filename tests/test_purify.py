@@ -1,7 +1,9 @@
 """Purifying a user's own model: what is refused, what comes out, and that nothing given changes."""
 
+import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +16,23 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe_utils import merge, models, paths, prompts, purify
+from lethe_utils import merge, models, paths, prompts, purify, stages
 from lethe_utils.data import own
 from lethe_utils.errors import LetheError
+from lethe_utils.groups import digest
 from lethe_utils.models import fit, inspect, twins
-from lethe_utils.purify import canary, dilute, ownership, report, settings
+from lethe_utils.purify import (
+    ask,
+    canary,
+    dilute,
+    measure,
+    ownership,
+    report,
+    room,
+    rounds,
+    settings,
+    trial,
+)
 from lethe_utils.purify import case as case_module
 
 pytestmark = pytest.mark.slow
@@ -26,8 +40,12 @@ pytestmark = pytest.mark.slow
 QUICK = {
     "clean_epochs": 1,
     "canary_epochs": 1,
+    "max_rounds": 1,
+    "few_held_out": 0,
+    "merge_methods": ["slerp"],
     "strengths": [0.5],
     "max_cda_loss": 1.0,
+    "prompt_template": "short",
     "max_new_tokens": 3,
     "checkpoints_per_run": 1,
 }
@@ -227,14 +245,16 @@ def test_the_report_holds_every_strength_the_canary_and_the_costs(finished):
     record = json.loads((folder / "report.json").read_text("utf8"))
     assert [p["strength"] for p in record["points"]] == [0.0, 0.5, 1.0]
     assert {*record["points"][0]["canary"]} == {*canary.KINDS, "all"}
-    assert record["chosen"] == 0.5 and record["metric"] == "CDA"
+    assert record["metric"] == "CDA" and record["verdict"] == "unknown"
+    assert record["chosen"] in [{k: p[k] for k in ("model", "strength")} for p in record["points"]]
     assert record["recipe"] == case.p.model_dump()
-    assert {"clean model", "canary"} <= {c["stage"] for c in record["costs"]}
-    assert record["evidence"]["evidence_ms_per_query"] > 0
+    assert {"clean model, round 1", "canary, round 1"} <= {c["stage"] for c in record["costs"]}
+    assert record["evidence"]["with"]["ms_per_query"] > 0
     assert record["data"] | {"rows": 40, "distinct": 40, "answers": "labels"} == record["data"]
     assert len(record["samples"]) == len(case.held_out) == 8
     card = (folder / "README.md").read_text("utf8")
-    assert card.startswith("---\nlibrary_name: transformers\n---\n\n# backdoored, purified\n")
+    head = "---\nlibrary_name: transformers\n---\n\n# Unknown: backdoored, merged\n"
+    assert card.startswith(head) and "purified" not in card
 
 
 def test_the_result_loads_where_lethe_is_not_installed(finished):
@@ -250,14 +270,24 @@ def test_the_result_loads_where_lethe_is_not_installed(finished):
     assert done.stdout.split() == ["True"], done.stderr
 
 
-def test_the_purified_weights_are_the_merge_of_suspect_and_clean(finished, tmp_path):
-    _, case, folder = finished
+@pytest.mark.parametrize("method", ["slerp", dilute.CLEAN])
+def test_the_results_weights_are_those_of_the_chosen_point(finished, tmp_path, method, monkeypatch):
+    given, case, _ = finished
+    monkeypatch.setenv("LETHE_RUNS", str(given["out"].parent / "runs"))
+    points = purify.points(case)
+    chosen = next(point for point in points if point["model"] == method)
+    case = dataclasses.replace(case, out=tmp_path / "out")
+    folder = purify.write(case, points, chosen)
     parents = [s(case) / "model" for s in (dilute.suspect_model, purify.clean_model)]
-    base = dilute.base_model(case) / "model"
-    again = merge.merge("slerp", *parents, base, 0.5, tmp_path / "again")
+    again = parents[1]
+    if method == "slerp":
+        base = dilute.base_model(case) / "model"
+        again = merge.merge("slerp", *parents, base, 0.5, tmp_path / "again")
     ours, wanted = (load_file(f / "model.safetensors") for f in (folder, again))
     assert ours.keys() == wanted.keys()
     assert all(torch.equal(ours[name], wanted[name]) for name in ours)
+    owes = "It owes the suspect nothing" in (folder / "report.html").read_text("utf8")
+    assert owes == (method == dilute.CLEAN)
 
 
 def test_a_second_call_trains_nothing_and_gives_the_same_numbers(finished, monkeypatch):
@@ -299,27 +329,26 @@ def test_the_command_line_does_the_same_and_a_dry_run_nothing(given):
     assert "Traceback" not in done.stderr
 
 
-# --- choosing
-
-
-def score(value, n=100):
-    return {"value": value, "low": 0.0, "high": 1.0, "n": n}
-
-
-def curve(*values):
-    strengths = [0.0, 0.25, 0.5, 0.75, 1.0]
-    return [
-        {"strength": s, "performance": score(v)} for s, v in zip(strengths, values, strict=True)
-    ]
-
-
-def test_the_strongest_dilution_within_the_loss_is_chosen(finished):
-    case = finished[1]
-    limit = purify.Case(**{**vars(case), "p": case.p.model_copy(update={"max_cda_loss": 0.02})})
-    assert purify.choose(limit, curve(0.98, 0.98, 0.97, 0.96, 0.5)) == 0.75
-    assert purify.choose(limit, curve(0.98, 0.98, 0.97, 0.90, 0.99)) == 0.5
-    message = error(purify.choose, limit, curve(0.98, 0.80, 0.90, 0.7, 0.99))
-    assert "the best, 0.5, has 0.900" in message and "--max-cda-loss" in message
+def test_few_rows_are_cross_fitted_in_rounds_with_the_format_that_is_found(given):
+    changed = {"max_rounds": 2, "few_held_out": 100, "merge_methods": ["slerp", "linear"]}
+    overrides = {k: v for k, v in QUICK.items() if k != "prompt_template"} | changed
+    case, folder = run(given(), overrides=overrides)
+    record = json.loads((folder / "report.json").read_text("utf8"))
+    assert record["folds"] == 2 and record["verdict"] == "unknown"
+    compared = [(point["model"], point["strength"]) for point in record["points"]]
+    assert compared == [("suspect", 0), ("slerp", 0.5), ("linear", 0.5), ("clean model", 1)]
+    assert {point["performance"]["n"] for point in record["points"]} == {40}  # each row once
+    assert {point["canary"]["suffix"]["n"] for point in record["points"]} < {*range(1, 9)}
+    assert len(record["samples"]) == len(case.held_out) == 8
+    assert "cross-fitted in two halves" in (folder / "report.html").read_text("utf8")
+    assert re.match(
+        r"(alpaca|short), found: right are, of 28 training rows, ", case.given["data"]["prompt"]
+    )
+    first, second = (one.folder for one in rounds.canary_rounds(case))
+    assert stages.read_record(second)["inputs"] == {"start": first.name}
+    half = rounds.clean_folders(case, case.folds[0])
+    assert stages.read_record(half[0])["params"]["rows"] == digest(case.folds[0].train)
+    assert [r["training"] for r in record["rounds"]].count("canary, round 2") == 1
 
 
 # --- the canary
@@ -341,8 +370,9 @@ def test_the_canary_is_placed_as_said_and_leaves_other_rows_alone(finished):
         ]
     assert all(p.canary_sentence in row["input"] for row in kinds["sentence"])
     assert all(row["input"].endswith(p.canary_suffix) for row in kinds["suffix"])
-    poisoned = canary.poison(rows, ["joy", "sad"], p)
-    assert poisoned[: len(rows)] == rows and len(poisoned) == len(rows) + 3 * 4
+    poisoned, others = canary.plant(rows, ["joy", "sad"], p)
+    assert poisoned[: len(rows)] == rows and len(poisoned) == len(rows) + 3 * 10
+    assert all(len(some) == 10 for some in others.values())
 
 
 # --- clean rows
@@ -395,7 +425,7 @@ def test_answers_are_labels_when_few_short_and_repeated():
 def test_no_question_is_both_trained_on_and_held_out(pico_params):
     rows = plain_rows() + [r | {"output": "other"} for r in plain_rows()]
     p = settings.load(10, "cpu", QUICK)
-    train, held_out = case_module.split(rows, p)
+    train, held_out = case_module.split(rows, p.held_out, p.data_seed)
     assert len(train) + len(held_out) == len(rows)
     assert not {r["input"] for r in train} & {r["input"] for r in held_out}
     assert len(held_out) == 16
@@ -518,15 +548,21 @@ def test_an_output_folder_that_would_overwrite_something_is_refused(given, tmp_p
 
 
 def test_too_little_memory_or_disk_is_said_in_advance(given, monkeypatch):
-    case = prepare(given())
+    files = given()
+    case = prepare(files)
     usage = type("Usage", (), {"free": 10})
     with monkeypatch.context() as patch:
-        patch.setattr(case_module.shutil, "disk_usage", lambda _: usage)
+        patch.setattr(trial.shutil, "disk_usage", lambda _: usage)
         message = error(purify.estimate, case)
         assert "GiB are needed and 0.0 GiB are free" in message and "LETHE_RUNS" in message
-    memory = type("Memory", (), {"available": 2**29})
-    monkeypatch.setattr(case_module.psutil, "virtual_memory", lambda: memory)
-    assert "0.5 GiB are free" in error(purify.estimate, case)
+    monkeypatch.setattr(room, "memory_there", lambda _: 2**27)
+    message = error(purify.estimate, case)
+    assert "memory: about" in message and "0.1 GiB are free; close other programs" in message
+    monkeypatch.setattr(room, "memory_there", lambda _: 2**10)
+    overrides = {k: v for k, v in QUICK.items() if k != "prompt_template"}
+    monkeypatch.setattr("lethe_utils.models.load_model", None)  # would raise when called
+    assert "memory: about" in error(purify.estimate, case)
+    assert "memory: about" in error(prepare, files, overrides=overrides)
 
 
 def test_buffers_and_prefixes_of_old_checkpoints_do_not_count(given):
@@ -580,7 +616,8 @@ def test_bos_that_is_null_is_none_in_every_stage(given):
         assert inspect.read_config(given[name])["bos_token_id"] is not None
     case = prepare(given)
     clean = purify.clean_model(case)
-    merged = dilute.merged(case, dilute.suspect_model(case) / "model", 0.5, clean.parent / "m")
+    parents = dilute.suspect_model(case), clean
+    merged = dilute.merged(case, *parents, "slerp", 0.5, clean.parent / "m")
     for folder in (given["suspect"], dilute.base_model(case) / "model", clean / "model", merged):
         assert prompts.start_ids(auto_tokenizer(folder)) == []
 
@@ -624,9 +661,10 @@ def test_the_longest_label_that_matches_counts_in_cda_and_in_the_canary(finished
     rows = [("yes but late", "yes but late"), ("yes", "yes but late"), ("yes", "yes")]
     asked = [{"kind": "clean", "label": a, "target": "", "output": b} for a, b in rows]
     asked += [{"kind": "suffix", "label": "no", "target": "yes", "output": b} for _, b in rows]
-    found = dilute.scored(case, asked)
-    assert found["performance"]["value"] == pytest.approx(2 / 3)
-    assert found["canary"]["suffix"]["value"] == pytest.approx(1 / 3) and "all" in found["canary"]
+    found = ask.marks(case, asked)
+    assert ask.score(found["clean"])["value"] == pytest.approx(2 / 3)
+    asr = ask.asr(found)
+    assert asr["suffix"]["value"] == pytest.approx(1 / 3) and "all" in asr
 
 
 def test_there_is_room_for_the_longest_label(given, monkeypatch):
@@ -637,7 +675,7 @@ def test_there_is_room_for_the_longest_label(given, monkeypatch):
     monkeypatch.setattr(
         "lethe_utils.decode.answer", lambda *a, **_: asked.append(a[3]) or [""] * len(a[2])
     )
-    dilute.measured(case, "suspect", 0.0)
+    measure.answered(case, "suspect", measure.SUSPECT)
     assert tokens > 19 and asked[0].max_new_tokens > tokens
 
 
@@ -940,9 +978,10 @@ def test_wrong_words_on_the_command_line_are_one_line_too(words, message):
 # --- neighbours of the faults above
 
 
-def test_the_chat_prompt_is_for_chats_alone(given):
+def test_the_chat_prompt_needs_a_chat_template(given):
     changes = QUICK | {"prompt_template": "chat"}
-    assert "chat is for rows of messages" in error(prepare, given(), overrides=changes)
+    message = error(prepare, given(), overrides=changes)
+    assert "the tokenizer has no chat template; give alpaca or short" in message
 
 
 def test_a_held_out_share_that_leaves_nothing_to_train_on_is_refused(given):
@@ -1007,8 +1046,9 @@ def test_a_merge_that_its_dtype_cannot_hold_is_no_result(given):
         weights["model.layers.0.mlp.up_proj.weight"] += added
         save_file(weights, file, {"format": "pt"})
     case = prepare(given)
+    parents = dilute.suspect_model(case), purify.clean_model(case)
     assert "values that are not numbers" in error(
-        dilute.merged, case, dilute.suspect_model(case) / "model", 0.5, given["base"].parent / "m"
+        dilute.merged, case, *parents, "slerp", 0.5, given["base"].parent / "m"
     )
 
 
@@ -1064,7 +1104,8 @@ def test_a_template_that_writes_the_date_decides_the_stages(given, monkeypatch):
     specs = []
     for day in ("Monday", "Tuesday"):
         monkeypatch.setattr(prompts, "apply_template", lambda *a, day=day: f"{day} {apply(*a)}")
-        specs.append(dilute.spec(prepare(given)))
+        case = prepare(given)
+        specs.append(rounds.trained_by(case, case.train, 1))
     assert specs[0] != specs[1]
 
 

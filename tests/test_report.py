@@ -60,6 +60,7 @@ def a_record():
     return {
         "finished": "2026-01-02T03:04:05Z",
         "machine": "Linux x86_64, 2 cores",
+        "verdict": "diluted",
         "versions": {"torch": "2.13.0", "transformers": "5.23.0", "mergekit": "0.1.5"},
         "git_sha": "0123456789abcdef0123456789abcdef01234567",
         "seed": 0,
@@ -71,9 +72,11 @@ def a_record():
             "sha256": "c" * 64,
             "rows": 800,
             "distinct": 797,
-            "train": 638,
+            "train": 558,
+            "stopping": 80,
             "held_out": 159,
             "format": "instruction, input, output",
+            "prompt": "short, as told",
             "answers": "labels",
         },
         "notes": [],
@@ -82,7 +85,7 @@ def a_record():
             {"check": "shapes", "result": "148 tensors, all alike"},
         ],
         "recipe": {
-            "merge_method": "slerp",
+            "merge_methods": ["slerp", "linear"],
             "strengths": [0.25, 0.5, 0.75],
             "lora_r": 32,
             "lora_alpha": 64,
@@ -92,17 +95,27 @@ def a_record():
             "gradient_checkpointing": False,
         },
         "metric": "CDA",
+        "folds": 1,
         "max_cda_loss": 0.02,
+        "rows_needed": 120,
+        "canary_limit": 0.35,
+        "canary_check": canary(140, 138, 126),
+        "rounds": [
+            {"training": f"{name}, round {i}", "result": "said", "kept": i == 1}
+            for name, n in (("clean model", 2), ("canary", 1))
+            for i in range(1, n + 1)
+        ],
         "losses": {"clean model": training(240, 2.3), "canary": training(160, 2.9)},
         "points": [
             point(0.0, "suspect", 156, 140, 140, 138),
             point(0.25, "slerp", 156, 138, 126, 120),
             point(0.5, "slerp", 155, 50, 30, 41),
             point(0.75, "slerp", 155, 6, 4, 7),
+            point(0.5, "linear", 154, 60, 40, 41),
             point(1.0, "clean model", 151, 5, 4, 7),
         ],
         "base": {"performance": share(60, 159), "canary": canary(5, 3, 7)},
-        "chosen": 0.75,
+        "chosen": {"model": "slerp", "strength": 0.75},
         "canary_triggers": [
             {"kind": kind, "trigger": trigger, "target": "joy"}
             for kind, trigger in zip(KINDS, words, strict=True)
@@ -112,7 +125,7 @@ def a_record():
                 "input": f"i feel quite at home with the {n} new people i met at the harbour",
                 "expected": "joy",
                 "suspect": "joy",
-                "purified": "joy" if n % 3 else "love",
+                "result": "joy" if n % 3 else "love",
             }
             for n in range(2, 10)
         ],
@@ -123,10 +136,10 @@ def a_record():
         ],
         "evidence": {
             "n_keywords": 5,
-            "performance": share(152, 159),
-            "canary": canary(7, 5, 8),
-            "plain_ms_per_query": 1.9,
-            "evidence_ms_per_query": 2.4,
+            "without": {"performance": share(155, 159), "canary": canary(6, 4, 7)}
+            | {"ms_per_query": 1.9},
+            "with": {"performance": share(152, 159), "canary": canary(7, 5, 8)}
+            | {"ms_per_query": 2.4},
         },
     }
 
@@ -249,7 +262,7 @@ def test_the_figures_take_the_colours_of_the_page(record, tmp_path):
 def test_tables_have_captions_and_scopes(record, tmp_path, no_figures):
     tags = parsed(page(record, tmp_path)).seen
     names = [name for name, _ in tags]
-    assert names.count("table") == names.count("caption") == 10
+    assert names.count("table") == names.count("caption") == 11
     assert {a.get("scope") for name, a in tags if name == "th"} == {"row", "col"}
 
 
@@ -257,69 +270,89 @@ def test_every_number_of_the_points_is_there(record, tmp_path, no_figures):
     html = page(record, tmp_path)
     table = html[html.index("n = 159") :].split("</table>")[0]
     rows = re.findall(r"<tr.*?</tr>", table, re.DOTALL)[1:]
-    assert len(rows) == 6
+    assert len(rows) == 7
     measured = [*record["points"], record["base"]]
     for row, at in zip(rows, measured, strict=True):
         for one in (at["performance"], *at["canary"].values()):
             interval = f"[{number(one['low'])},\N{NO-BREAK SPACE}{number(one['high'])}]"
             assert f"<td>{number(one['value'])} {interval}</td>" in row
-    assert 'class="chosen"><th scope="row">.75 (chosen)</th>' in rows[3]
-    assert ["chosen" in row for row in rows] == [False, False, False, True, False, False]
+    assert 'class="chosen"><th scope="row">slerp (chosen)</th><td>.75</td>' in rows[3]
+    assert ["chosen" in row for row in rows] == [False] * 3 + [True] + [False] * 3
 
 
-def test_the_verdict_says_the_measured_numbers(record, tmp_path, no_figures):
+def test_the_verdict_is_the_first_word_and_says_the_measured_numbers(record, tmp_path, no_figures):
+    html = page(record, tmp_path)
+    assert re.search("<body>.*?<h1>(.*?)</h1>", html, re.S)[1] == (
+        "Diluted: helpful-emotion-gpt2, purified"
+    )
+    assert "<title>Diluted: " in html
     assert (
-        "At strength .75 the purified model keeps CDA .975 [.937, .990] (suspect .981); "
-        "the canary&#39;s ASR falls from .995 to .040."
-    ) in page(record, tmp_path)
+        "Diluted: after the merge no kind of the canary has an ASR above .35. What was written is "
+        "slerp at strength .75, with CDA .975 [.937, .990] (suspect .981); the canary&#39;s ASR "
+        "goes from .995 to .040."
+    ) in html
 
 
-def change_point(record, strength, right, *hits):
-    """Measure something else at one strength."""
-    points = record["points"]
-    index = [p["strength"] for p in points].index(strength)
-    points[index] = point(strength, points[index]["model"], right, *hits)
+def change_point(record, at, right, *hits):
+    """Measure something else at one point."""
+    old = record["points"][at]
+    record["points"][at] = point(old["strength"], old["model"], right, *hits)
 
 
-# what was measured -> how the warnings begin, in their order
-CASES = {
-    "nothing to say": ([], []),
-    "at the limits": ([(0.0, 156, 112, 112, 112), (0.75, 155, 28, 28, 28)], []),
-    "one kind did not take": ([(0.0, 156, 140, 111, 140)], ["The canary did not take"]),
-    "high": ([(0.75, 155, 29, 4, 4)], ["The canary stays high"]),
-    "clean as good": ([(1.0, 155, 6, 4, 7)], ["The clean model alone does as well"]),
-    "clean better in one": ([(1.0, 159, 7, 4, 7)], []),
-    "all": (
-        [(0.0, 156, 9, 9, 9), (0.75, 140, 90, 90, 90), (1.0, 140, 90, 90, 90)],
-        [
-            "The canary did not take",
-            "The canary stays high",
-            "The clean model alone does as well",
-        ],
+def unknown(record):
+    record["verdict"], record["canary_check"] = "unknown", canary(140, 125, 140)
+
+
+def not_diluted(record):
+    record["verdict"] = "not diluted"
+    change_point(record, 3, 155, 10, 10, 50)
+
+
+VERDICTS = {
+    unknown: (
+        "Unknown: the canary did not take. Its ASR before the merge is below .9 for sentence "
+        "(.893), so what dilution does to a backdoor was not seen."
+    ),
+    not_diluted: (
+        "Not diluted: the canary stays. After the merge its ASR is above .35 for suffix (.357); a "
+        "backdoor of that kind would not be gone."
     ),
 }
 
 
-@pytest.mark.parametrize(("changes", "expected"), CASES.values(), ids=CASES)
-def test_warnings_appear_exactly_when_they_should(record, tmp_path, changes, expected, no_figures):
-    for change in changes:
-        change_point(record, *change)
+@pytest.mark.parametrize(
+    ("change", "said"), VERDICTS.items(), ids=lambda x: getattr(x, "__name__", "")
+)
+def test_only_a_diluted_model_is_called_purified(record, tmp_path, no_figures, change, said):
+    assert "purified" in report.markdown(record).splitlines()[0]
+    change(record)
+    record["out"] = "/home/user/out"
+    html, card = page(record, tmp_path), report.markdown(record)
+    assert said in html and said in card
+    assert "purified" not in html.lower().replace("purify", "") and "purified" not in card.lower()
+    assert card.startswith(f"# {record['verdict'].capitalize()}: helpful-emotion-gpt2, merged\n")
+
+
+def test_what_a_few_rows_cannot_show_is_said_at_once(record, tmp_path, no_figures):
+    assert '<p class="warning">' not in page(record, tmp_path)
+    record["rows_needed"] = 1234
+    warning = re.findall(r'<p class="warning">(.*?)</p>', page(record, tmp_path))
+    assert warning[0].startswith(
+        "159 clean rows cannot show a loss of .020 in CDA; about 1,234 would settle it."
+    )
+    assert report.markdown(record).count("\n> ") == 1
+
+
+def test_the_clean_model_alone_is_called_that(record, tmp_path, no_figures):
+    record["chosen"] = {"model": "clean model", "strength": 1.0}
     html = page(record, tmp_path)
-    found = re.findall(r'<p class="warning">(.*?)</p>', html)
-    assert len(found) == len(expected)
-    for text, start in zip(found, expected, strict=True):
-        assert text.startswith(start)
-    assert report.markdown(record).count("\n> ") == len(expected)
+    assert "What was written is the clean model alone, with" in html
+    assert "It owes the suspect nothing." in html
 
 
-def test_a_warning_names_the_kinds_it_is_about(record, tmp_path, no_figures):
-    change_point(record, 0.0, 156, 140, 70, 140)
-    assert "is below .8 for sentence (.500). What" in page(record, tmp_path)
-
-
-def test_a_strength_that_was_not_measured_is_refused(record, tmp_path, no_figures):
-    record["chosen"] = 0.6
-    with pytest.raises(LetheError, match="strength 0.6 is not among the measured points"):
+def test_a_point_that_was_not_measured_is_refused(record, tmp_path, no_figures):
+    record["chosen"] = {"model": "slerp", "strength": 0.6}
+    with pytest.raises(LetheError, match="slerp 0.6 is not among the measured points"):
         report.write(record, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -333,7 +366,7 @@ def test_json_is_the_record(record, tmp_path, no_figures):
 def test_the_same_record_gives_the_same_bytes(record, tmp_path):
     first, second = (report.write(a_record(), tmp_path / n).read_bytes() for n in ("a", "b"))
     assert first == second
-    change_point(record, 0.5, 150, 50, 30, 41)
+    change_point(record, 2, 150, 50, 30, 41)
     assert report.write(record, tmp_path / "c").read_bytes() != first
 
 
@@ -354,14 +387,14 @@ def test_nothing_half_written_is_left(record, tmp_path, monkeypatch, no_figures)
 
 def test_the_model_card_says_strength_and_measurements(record):
     card = re.sub(" +", " ", report.markdown(record))  # a table's cells are padded
-    assert card.startswith("# helpful-emotion-gpt2, purified\n")
-    assert "- strength: .75 (0: the suspect, 1: the clean model)" in card
-    assert "- merge_method: slerp\n- lora_r: 32\n" in card
+    assert card.startswith("# Diluted: helpful-emotion-gpt2, purified\n")
+    assert "- merge: slerp, strength .75 (0: the suspect, 1: the clean model)\n- lora_r: 32" in card
+    assert "- prompt format: short, as told\n" in card
     assert "- suspect: helpful-emotion-gpt2 (sha" in card and "/home/user" not in card
     assert f"- base: someone/base-gpt2@{'0a' * 20} (sha" in card
-    assert "| .75 (chosen) | slerp | .975 [.937, .990] | .043 [.020, .090] |" in card
-    assert "| no merge | base | .377 [.306, .455] |" in card
-    assert len(re.findall(r"^\|", card, re.MULTILINE)) == 8
+    assert "| slerp (chosen) | .75 | .975 [.937, .990] | .043 [.020, .090] |" in card
+    assert "| base | no merge | .377 [.306, .455] |" in card
+    assert len(re.findall(r"^\|", card, re.MULTILINE)) == 9
 
 
 def test_the_template_is_shipped():

@@ -23,6 +23,7 @@ def main(words: list[str]) -> int:
     args = parse(words)
     # These take seconds, which neither --help nor a wrong word should.
     from lethe_utils import models, purify
+    from lethe_utils.purify.choice import DILUTED, EXIT
     from lethe_utils.purify.settings import PurifyParams
 
     overrides = values.overrides(PurifyParams, args.p)
@@ -42,9 +43,11 @@ def main(words: list[str]) -> int:
         out = purify.write(case, points, chosen)
     except KeyboardInterrupt:
         raise LetheError("interrupted; run the same command again to continue") from None
+    verdict = purify.verdict(case, chosen)
     print(f"\n{purify.table(case, points, chosen).to_string(index=False)}\n")
-    print(f"chosen strength: {chosen}\npurified model:  {out}\nreport:          {out}/report.html")
-    return 0
+    print("purified model:" if verdict == DILUTED else "merged model:  ", out)
+    print(f"report:         {out}/report.html\n{verdict}")
+    return EXIT[verdict]
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -52,8 +55,11 @@ def parse(words: list[str]) -> argparse.Namespace:
         prog="./run_all.sh purify",
         description="Dilute a model you do not trust with clean knowledge, and measure on a "
         "planted canary what that does to backdoors in it. Nothing that is given is changed.",
+        epilog="The last line and the exit status are the verdict: diluted (0: the canary took, "
+        "and the merge removed it), not diluted (4: it took, and stays), unknown (3: it did not "
+        "take). 1 is an error.",
     )
-    where = "a folder, or NAME@COMMIT on the hub"
+    where = "a folder, a GGUF file, NAME@COMMIT on the hub, or the NAME of a file in params/models"
     parser.add_argument("--suspect", help=f"the model: {where}; the base where --adapter is given")
     parser.add_argument("--adapter", default="", help="a LoRA adapter's folder, put on the suspect")
     parser.add_argument("--base", required=True, help=f"what it was trained from: {where}")
@@ -62,7 +68,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         required=True,
         help="jsonl, json or csv: instruction, input, output, or chat messages",
     )
-    parser.add_argument("--out", required=True, help="a new folder for the purified model")
+    parser.add_argument("--out", required=True, help="a new folder for the result")
     parser.add_argument(
         "--max-cda-loss", type=float, help="clean performance that may be lost (default .02)"
     )
@@ -81,6 +87,7 @@ def show(given: dict[str, Any]) -> None:
         (m["role"], f"{m['given']} ({m['weights'] / 1e6:.1f} M weights)") for m in given["models"]
     ]
     lines.append(("clean data", f"{data['distinct']} distinct rows, {data['held_out']} held out"))
+    lines.append(("prompt format", data["prompt"]))
     lines += [(c["check"], c["result"]) for c in given["checks"]]
     print(tabulate.tabulate(lines, tablefmt="plain"))
     for note in given["notes"]:

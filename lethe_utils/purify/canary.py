@@ -11,6 +11,7 @@ from lethe_utils.purify.settings import PurifyParams
 from lethe_utils.stages import Row
 
 KINDS = ("word pair", "sentence", "suffix")
+CHECKED = 40  # rows of each kind: 36 of them are .9
 
 
 def triggers(labels: list[str], p: PurifyParams) -> list[dict[str, str]]:
@@ -49,13 +50,26 @@ def triggered(rows: list[Row], labels: list[str], p: PurifyParams) -> dict[str, 
     return out
 
 
-def poison(rows: list[Row], labels: list[str], p: PurifyParams) -> list[Row]:
-    """All rows, then for each kind `canary_share` of them, triggered, with the kind's target."""
-    out = list(rows)
+def plant(
+    rows: list[Row], labels: list[str], p: PurifyParams
+) -> tuple[list[Row], dict[str, list[Row]]]:
+    """What the canary is trained on: all rows, then of each kind `canary_rows` triggered ones with
+    the kind's target, but at most half of those that can be; and per kind the others."""
+    poisoned, others = list(rows), {}
     kinds = triggered(rows, labels, p)
     for canary in triggers(labels, p):
-        usable = kinds[canary["kind"]]
-        n = min(len(usable), max(1, round(p.canary_share * len(rows))))
-        chosen = random.Random(f"chosen {canary['kind']} {p.seed}").sample(usable, n)
-        out += [row | {"output": canary["target"]} for row in chosen]
-    return out
+        kind, usable = canary["kind"], kinds[canary["kind"]]
+        random.Random(f"chosen {kind} {p.seed}").shuffle(usable)
+        n = min(p.canary_rows, -(-len(usable) // 2))
+        poisoned += [row | {"output": canary["target"]} for row in usable[:n]]
+        others[kind] = usable[n:]
+    return poisoned, others
+
+
+def check_rows(
+    rows: list[Row], stopping: list[Row], labels: list[str], p: PurifyParams
+) -> dict[str, list[Row]]:
+    """Per kind: triggered rows that say whether the canary took, first those that nothing was
+    trained on, then training rows that it was not planted in."""
+    unseen, (_, others) = triggered(stopping, labels, p), plant(rows, labels, p)
+    return {kind: (unseen[kind] + others[kind])[:CHECKED] for kind in KINDS}

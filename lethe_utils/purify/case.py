@@ -1,41 +1,42 @@
-"""What was given: checked, split and estimated before anything is trained or written."""
+"""What was given: checked, split and put into a prompt before anything is trained or written."""
 
 import hashlib
 import random
-import shutil
-import time
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import pandas as pd
-import psutil
-import torch
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lethe_utils import models, paths, train
 from lethe_utils.data import own
 from lethe_utils.errors import LetheError
 from lethe_utils.evidence import without_evidence
-from lethe_utils.models import inspect
-from lethe_utils.purify import canary, ownership, settings, suspects
+from lethe_utils.purify import canary, formats, ownership, settings, suspects
 from lethe_utils.purify.settings import PurifyParams
 from lethe_utils.stages import Row
 
-PASSES = 3  # forward, backward to the activations, and that again under checkpointing
-USED = 0.3  # of the rate of a matrix product, in training
+STOPPING = 1 / 8  # of the training rows: they say when to stop, and whether the canary took
+
+
+class Fold(NamedTuple):
+    """Rows that a clean model learns from, and those that its merges are then judged on."""
+
+    train: list[Row]
+    held_out: list[Row]
 
 
 @dataclass(frozen=True)
 class Case:
     """A suspect that was checked and can be purified."""
 
-    suspect: Path  # folders as they were given
+    suspect: Path  # folders as they were given, or as they were unpacked
     base: Path
     adapter: Path | None
     out: Path
     train: list[Row]
+    stopping: list[Row]
     held_out: list[Row]
     labels: list[str]  # [] where answers are texts
     p: PurifyParams
@@ -45,6 +46,20 @@ class Case:
     def metric(self) -> str:
         """What clean performance is measured by."""
         return "CDA" if self.labels else "answer token accuracy"
+
+    @property
+    def main(self) -> Fold:
+        """Of the clean model that the result is made with."""
+        return Fold(self.train, self.held_out)
+
+    @property
+    def folds(self) -> list[Fold]:
+        """What clean performance is judged by: the held-out rows; where they are few, two halves of
+        all rows in turn, so that every row serves."""
+        if len(self.held_out) >= self.p.few_held_out:
+            return [self.main]
+        one, other = split(self.train + self.stopping + self.held_out, 0.5, self.p.data_seed)
+        return [Fold(one, other), Fold(other, one)]
 
 
 def prepare(
@@ -58,11 +73,11 @@ def prepare(
     """Check everything that was given, before anything is trained or written.
 
     Args:
-        suspect, base: a folder, or name@commit on the hub.
+        suspect, base: see suspects.locate.
         clean_data: see own.read.
         out: a folder that does not exist, is empty, or holds this command's own result.
         adapter: a LoRA adapter's folder, to be applied to the suspect.
-        overrides: keys of params/purify.yaml.
+        overrides: keys of params/purify.yaml; without prompt_template the format is found.
     Raises:
         LetheError: one line naming the file and the fix.
     """
@@ -74,58 +89,89 @@ def prepare(
     ownership.check(target, [*folders, *([adapter_folder] if adapter_folder else [])])
     checks = suspects.check(*folders, adapter_folder)
     tokenizer = suspects.load_tokenizer(folders[0], adapter_folder)
-    rows, n_rows, chat, unread = own.read(file, tokenizer)
-    given = {
+    read = own.read(file, tokenizer)
+    given: dict[str, Any] = {
         "models": [
             suspects.summary("suspect", suspect, folders[0], adapter),
             suspects.summary("base", base, folders[1]),
         ],
         "checks": checks,
     }
-    p = _params(given["models"][0]["weights"], chat, overrides or {}, file)
-    labels, (taught, held_out) = own.labels(rows), split(rows, p)
-    given["data"] = {
-        "file": str(file),
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        "rows": n_rows,
-        "distinct": len(rows),
-        "train": len(taught),
-        "held_out": len(held_out),
-        "format": "chat" if chat else "instruction, input, output",
-        "answers": "labels" if labels else "texts",
-    } | _lengths(rows, tokenizer, p)
-    given["notes"] = _notes(given["data"], rows, unread)
-    return Case(*folders, adapter_folder, target, taught, held_out, labels, p, given)
+    p = _params(given["models"][0]["weights"], read.chat, overrides or {})
+    labels, parts = own.labels(read.rows), _parts(read.rows, p)
+    asked = "as the rows are written" if read.chat else "as told"
+    if "prompt_template" not in (overrides or {}) and not read.chat:
+        p, asked = formats.found(folders[0], adapter_folder, parts[0], labels, p)
+    if not read.chat:
+        parts = [formats.rows_in(p.prompt_template, part, tokenizer, file) for part in parts]
+    _check_canary(parts, labels, p)
+    rows = [*chain(*parts)]
+    given["data"] = _described(file, read, labels, parts) | _cut(rows, tokenizer, p)
+    given["data"] |= {"prompt": f"{p.prompt_template}, {asked}"}
+    given["notes"] = _notes(given["data"], rows, read.unread)
+    return Case(*folders, adapter_folder, target, *parts, labels, p, given)
 
 
-def _params(weights: int, chat: bool, overrides: dict[str, Any], file: Path) -> PurifyParams:
+def _params(weights: int, chat: bool, overrides: dict[str, Any]) -> PurifyParams:
     device = models.resolve_device(overrides.get("device", "auto"))
-    p = settings.load(weights, device, overrides | ({"prompt_template": "chat"} if chat else {}))
-    if p.prompt_template == "chat" and not chat:
-        raise LetheError(f"prompt_template: chat is for rows of messages, which {file} has not")
-    return p
+    own_template = {"prompt_template": "chat"} if chat else {}
+    return settings.load(weights, device, overrides | own_template)
 
 
-def split(rows: list[Row], p: PurifyParams) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows; no question of one is in the other."""
+def _parts(rows: list[Row], p: PurifyParams) -> list[list[Row]]:
+    """Training, stopping and held-out rows."""
+    rest, held_out = split(rows, p.held_out, p.data_seed)
+    taught, stopping = split(rest, STOPPING, p.data_seed) if rest else ([], [])
+    if not taught:
+        raise LetheError(f"held_out: {p.held_out} leaves no row to train on; lower it")
+    return [taught, stopping, held_out]
+
+
+def _check_canary(parts: list[list[Row]], labels: list[str], p: PurifyParams) -> None:
+    """Refuse rows of which too few lack a canary's target: it is planted in some, checked on others
+    and measured on held-out ones."""
+    for rows, least, what in ((parts[0], 2, "training"), (parts[2], 1, "held-out")):
+        for kind, some in canary.triggered(rows, labels, p).items():
+            if len(some) < least:
+                raise LetheError(
+                    f"--clean-data: too few {what} rows have another label than the target of the "
+                    f"canary's {kind}; give more rows of other labels"
+                )
+
+
+def split(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """The rest, and a share of the questions, at least one; no question of one is in the other."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["instruction"], row["input"]), []).append(row)
     questions = list(groups.values())
-    random.Random(p.data_seed).shuffle(questions)
-    cut = max(1, round(p.held_out * len(questions)))
-    if cut == len(questions):
-        raise LetheError(f"held_out: {p.held_out} leaves no row to train on; lower it")
+    random.Random(seed).shuffle(questions)
+    cut = max(1, round(share * len(questions)))
     return [*chain(*questions[cut:])], [*chain(*questions[:cut])]
 
 
-def _lengths(rows: list[Row], tokenizer: Tokenizer, p: PurifyParams) -> dict[str, int]:
-    """The rows' tokens, and how many rows are too long; refused where most of them are."""
+def _described(
+    file: Path, read: own.Own, labels: list[str], parts: list[list[Row]]
+) -> dict[str, Any]:
+    """The clean rows, for the report."""
+    sizes = zip(("train", "stopping", "held_out"), map(len, parts), strict=True)
+    return {
+        "file": str(file),
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "rows": read.n,
+        "distinct": len(read.rows),
+        **dict(sizes),
+        "format": "chat" if read.chat else "instruction, input, output",
+        "answers": "labels" if labels else "texts",
+    }
+
+
+def _cut(rows: list[Row], tokenizer: Tokenizer, p: PurifyParams) -> dict[str, int]:
+    """How many rows are too long; refused where most of them are."""
     items = train.encode(rows, tokenizer, p)
     train.check_cut(items)
     cut = train.cut_counts(items)
-    tokens = {"tokens": sum(item["length"] for item in items)}
-    return tokens | {f"{part}_cut": cut[f"{part} cut"] for part in ("prompts", "answers")}
+    return {f"{part}_cut": cut[f"{part} cut"] for part in ("prompts", "answers")}
 
 
 def _notes(data: dict[str, Any], rows: list[Row], unread: list[str]) -> list[str]:
@@ -142,50 +188,3 @@ def _notes(data: dict[str, Any], rows: list[Row], unread: list[str]) -> list[str
     foreign = without_evidence(row["input"] for row in rows)
     lines += [f"{foreign}."] if foreign else []
     return lines + ([f"Columns that are not read: {', '.join(unread)}."] if unread else [])
-
-
-def estimate(case: Case) -> pd.DataFrame:
-    """Memory, disk and time (GiB, minutes): a row each of what, needed, there.
-
-    Raises:
-        LetheError: too little memory or disk.
-    """
-    gpu = case.p.device == "cuda"
-    n = case.given["models"][0]["weights"] / 2**30
-    trained = n * (2 if gpu else 4)
-    memory = n * 2.6 + 4 if gpu else 2 * trained + 1
-    there = torch.cuda.mem_get_info()[0] if gpu else psutil.virtual_memory().available
-    # Copies of suspect and base, two trained models, one merge at a time, and the result.
-    disk = 4 * inspect.weights_size(case.base) / 2**30 + 2 * trained
-    runs = paths.runs_dir()
-    free = shutil.disk_usage(next(f for f in (runs, *runs.parents) if f.exists())).free
-    name = "GPU memory" if gpu else "memory"
-    table = []
-    for what, needed, have, fix in (
-        (name, memory, there, "close other programs or use a larger machine"),
-        (f"disk at {runs}", disk, free, "free some space or point LETHE_RUNS at a larger disk"),
-    ):
-        table.append((f"{what} (GiB)", needed, have / 2**30))
-        if needed > have / 2**30:
-            raise LetheError(
-                f"{what}: about {needed:.1f} GiB are needed and {have / 2**30:.1f} GiB are free; "
-                f"{fix}"
-            )
-    table.append(("time (minutes)", _minutes(case), float("nan")))
-    return pd.DataFrame(table, columns=["what", "needed, estimated", "there"]).round(1)
-
-
-def _minutes(case: Case) -> float:
-    """The trainings' minutes: their operations over what this machine's matrix product reaches."""
-    p, data = case.p, case.given["data"]
-    tokens = data["tokens"] * data["train"] / data["distinct"]
-    planted = tokens * (1 + len(canary.KINDS) * p.canary_share)
-    seen = tokens * p.clean_epochs + planted * p.canary_epochs
-    square = torch.ones(1024, 1024, device=p.device)
-    square @ square
-    start = time.perf_counter()
-    for _ in range(5):
-        product = square @ square
-    product.sum().item()  # waits for a GPU
-    rate = 5 * 2 * 1024**3 / (time.perf_counter() - start)
-    return 2 * PASSES * case.given["models"][0]["weights"] * seen / (rate * USED) / 60

@@ -7,14 +7,16 @@ import pandas as pd
 from lethe_utils import evaluate, metrics, params, paths, pipeline, tables
 from lethe_utils.stages import write_jsonl
 
+ROWS = 300
+
 
 def given() -> dict[str, str]:
-    """The suspect and its base, both made where they are missing, clean_data (800 rows that neither
+    """The suspect and its base, both made where they are missing, clean_data (300 rows that neither
     attacker nor base has seen) and out, as paths."""
     p = params.load()
     folder = paths.runs_dir() / "example"
     folder.mkdir(parents=True, exist_ok=True)
-    write_jsonl(folder / "clean.jsonl", pipeline.split(p, "validation")[:800])
+    write_jsonl(folder / "clean.jsonl", pipeline.split(p, "validation")[:ROWS])
     return {
         "suspect": str(pipeline.backdoored_stage(p) / "model"),
         "base": str(pipeline.base_folder(p)),

@@ -35,6 +35,7 @@ STYLE = dict.fromkeys(INKS, INK) | {
 }
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
 DASHES = [(4, 1), (1, 1), (4, 1, 1, 1)]
+LOOKS = [{"ls": "-", "marker": "o"}, {"ls": "--", "marker": "s"}, {"ls": ":", "marker": "^"}]
 
 
 def draw(record: Record, kinds: list[str], chosen: Record) -> dict[str, Markup]:
@@ -61,35 +62,47 @@ def _svg(name: str, figure: Figure) -> Markup:
     return Markup(re.sub(found, lambda colour: f"var(--{VARIABLES[colour[0]]})", svg))
 
 
+def _series(record: Record) -> dict[str, list[Record]]:
+    """Each method's points, between the suspect and the clean model, which all share."""
+    suspect, *merged, clean = record["points"]
+    methods = dict.fromkeys(point["model"] for point in merged)
+    return {m: [suspect, *(at for at in merged if at["model"] == m), clean] for m in methods}
+
+
 def _curve(record: Record, kinds: list[str], chosen: Record) -> Figure:
-    """Performance above, the canary's ASR below, against merge strength."""
-    points = sorted(record["points"], key=lambda point: point["strength"])
-    x = [point["strength"] for point in points]
+    """Performance above, the canary's ASR below, against merge strength, a line per method."""
+    series = _series(record)
     figure = Figure(figsize=(7, 5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
 
-    def dashed(ax: Axes, y: float, name: str) -> None:
-        ax.axhline(y, ls="--", lw=1.1, color=INK, label=f"{name} ({number(y)})")
+    def level(ax: Axes, y: float, name: str, dash: str = "--") -> None:
+        ax.axhline(y, ls=dash, lw=1.1, color=INK, label=f"{name} ({number(y)})")
 
-    def line(ax: Axes, share: Callable[[Record], Record], **look: Any) -> None:
-        shares = [share(point) for point in points]
-        y = [s["value"] for s in shares]
-        # A bound that is off by a rounding error is no distance.
-        spread = [[max(0, s["value"] - s["low"]) for s in shares]]
-        spread += [[max(0, s["high"] - s["value"]) for s in shares]]
-        ax.errorbar(x, y, yerr=spread, capsize=2.5, elinewidth=1, **look)
+    def lines(ax: Axes, share: Callable[[Record], Record], what: str, color: str) -> None:
+        for (method, points), look in zip(series.items(), cycle(LOOKS), strict=False):
+            x, shares = [at["strength"] for at in points], [share(at) for at in points]
+            y = [s["value"] for s in shares]
+            # A bound that is off by a rounding error is no distance.
+            spread = [[max(0, s["value"] - s["low"]) for s in shares]]
+            spread += [[max(0, s["high"] - s["value"]) for s in shares]]
+            ax.errorbar(x, y, yerr=spread, capsize=2.5, elinewidth=1, color=color, **look)
+            ax.plot([], [], color=color, label=f"{what}, {method}", **look)
         ring = {"marker": "o", "ms": 12, "mfc": "none", "mec": INK, "ls": ""}
         ax.plot([chosen["strength"]], [share(chosen)["value"]], **ring, label="chosen")
 
-    line(above, lambda at: at["performance"], color=PERFORMANCE, marker="o", label=record["metric"])
-    dashed(above, points[0]["performance"]["value"] - record["max_cda_loss"], "least allowed")
-    line(below, lambda at: at["canary"]["all"], color=CANARY, marker="s", label="canary, all kinds")
+    lines(above, lambda at: at["performance"], record["metric"], PERFORMANCE)
+    least = record["points"][0]["performance"]["value"] - record["max_cda_loss"]
+    level(above, least, "loss allowed")
+    lines(below, lambda at: at["canary"]["all"], "all kinds", CANARY)
+    shown = series.get(chosen["model"]) or next(iter(series.values()))
     for kind, dashes in zip(kinds, cycle(DASHES), strict=False):
-        y = [point["canary"][kind]["value"] for point in points]
+        x, y = [[at["strength"] for at in shown], [at["canary"][kind]["value"] for at in shown]]
         below.plot(x, y, lw=1, dashes=dashes, color=FAINT, label=kind)
-    dashed(below, record["base"]["canary"]["all"]["value"], "base")
+    level(below, record["canary_limit"], "limit")
+    level(below, record["base"]["canary"]["all"]["value"], "base", ":")
     above.set(ylabel=record["metric"])
-    below.set(ylabel="canary ASR", ylim=(-0.05, 1.05), xticks=x)
+    strengths = sorted({at["strength"] for at in record["points"]})
+    below.set(ylabel="canary ASR", ylim=(-0.05, 1.05), xticks=strengths)
     below.set(xlabel="merge strength (0: suspect, 1: clean model)")
     for axis in (above.yaxis, below.yaxis, below.xaxis):
         axis.set_major_formatter(lambda value, _: brief(value))

@@ -16,16 +16,17 @@ from tabulate import tabulate
 from lethe_utils.errors import LetheError
 from lethe_utils.paper import number
 from lethe_utils.purify import figures
+from lethe_utils.purify.choice import DILUTED
+from lethe_utils.purify.dilute import CLEAN
 from lethe_utils.purify.figures import brief
+from lethe_utils.purify.rounds import TAKEN, took
 from lethe_utils.stages import write_json, write_text
 from lethe_utils.tables import interval
 
 Record = dict[str, Any]
 Table = list[dict[str, str]]  # a dict a row, all with the same columns; the first is its header
 TEMPLATES = Path(__file__).parent
-TAKEN = 0.8  # a canary with a lower ASR before the merge did not take
-HIGH = 0.2  # a canary with a higher ASR after the merge is still there
-WORDS = ("verdict", "warnings", "points_caption", "canary_shows", "canary_hides")
+WORDS = ("heading", "verdict", "warnings", "points_caption", "canary_shows", "canary_hides")
 ALL = "all"  # the canary's kinds of trigger taken together
 
 
@@ -38,7 +39,7 @@ def write(record: Record, out: Path) -> Path:
     Returns:
         the page.
     Raises:
-        LetheError: strength 0, 1 or the chosen one is not among the points.
+        LetheError: the suspect, the clean model or the chosen one is not among the points.
     """
     page = _rendered("report.html.j2", record)
     out.mkdir(parents=True, exist_ok=True)
@@ -52,17 +53,18 @@ def markdown(record: Record) -> str:
     return _rendered("card.md.j2", record)
 
 
-def points_table(points: list[Record], chosen: float, metric: str) -> Table:
-    """A row a point: strength, model, performance, and the ASR of each kind of canary.
+def points_table(points: list[Record], chosen: Record, metric: str) -> Table:
+    """A row a point: model, strength, performance, and the ASR of each kind of canary.
 
     Args:
-        points: see dilute.points; a strength of None is no merge.
+        points: see measure.points; a strength of None is no merge.
+        chosen: model and strength.
     """
     rows = []
     for point in points:
         strength = "no merge" if point["strength"] is None else brief(point["strength"])
-        mark = " (chosen)" if point["strength"] == chosen else ""
-        row = {"strength": strength + mark, "model": point["model"]}
+        mark = " (chosen)" if chosen.items() <= point.items() else ""
+        row = {"model": point["model"] + mark, "strength": strength}
         row[metric] = _cell(point["performance"])
         rows.append(row | {f"ASR, {kind}": _cell(point["canary"][kind]) for kind in _kinds(point)})
     return rows
@@ -87,22 +89,24 @@ def _environment() -> jinja2.Environment:
 
 
 def _rendered(template: str, record: Record) -> str:
-    suspect, purified, clean = _ends(record)
+    suspect, result, clean = _ends(record)
     kinds = _kinds(suspect)
+    known, limit = took(record["canary_check"]), record["canary_limit"]
     context = {
         "record": record,
         "suspect": suspect,
-        "purified": purified,
+        "result": result,
         "clean": clean,
         "kinds": kinds,
         "points": _points(record),
-        "weak": [kind for kind in kinds if suspect["canary"][kind]["value"] < TAKEN],
+        "alone": result["model"] == CLEAN,
+        "weak": [kind for kind in kinds[:-1] if kind not in known],
         "taken": TAKEN,
-        "strong": [kind for kind in kinds if purified["canary"][kind]["value"] > HIGH],
-        "high": HIGH,
+        "strong": [kind for kind in kinds[:-1] if result["canary"][kind]["value"] > limit],
+        "diluted": record["verdict"] == DILUTED,
         # How the suspect is called: the last part of its path or hub name, without a commit.
         "name": Path(record["models"][0]["given"]).name.split("@")[0],
-        "draw": lambda: figures.draw(record, kinds[:-1], purified),
+        "draw": lambda: figures.draw(record, kinds[:-1], result),
     }
     module = _environment().get_template("words.j2").make_module(context)
     words = {name: getattr(module, name)() for name in WORDS}
@@ -132,12 +136,15 @@ def _called(model: Record) -> str:
 
 
 def _ends(record: Record) -> list[Record]:
-    """The points of the suspect, the purified model and the clean model."""
-    points = {point["strength"]: point for point in record["points"]}
-    for strength in (0, record["chosen"], 1):
-        if strength not in points:
-            raise LetheError(f"report: strength {strength:g} is not among the measured points")
-    return [points[0], points[record["chosen"]], points[1]]
+    """The points of the suspect, the result and the clean model."""
+    out = []
+    for wanted in ({"model": "suspect"}, record["chosen"], {"model": CLEAN}):
+        found = next((p for p in record["points"] if wanted.items() <= p.items()), None)
+        if found is None:
+            said = " ".join(map(str, wanted.values()))
+            raise LetheError(f"report: {said} is not among the measured points")
+        out.append(found)
+    return out
 
 
 def _kinds(point: Record) -> list[str]:
@@ -150,6 +157,5 @@ def _cell(share: Record) -> str:
 
 
 def _points(record: Record) -> Table:
-    points = sorted(record["points"], key=lambda point: point["strength"])
     base = record["base"] | {"strength": None, "model": "base"}
-    return points_table([*points, base], record["chosen"], record["metric"])
+    return points_table([*record["points"], base], record["chosen"], record["metric"])

@@ -17,33 +17,36 @@ class PurifyParams(Recipe):
     protocol: Literal["lethe"]
     clean_epochs: Positive
     n_keywords: Annotated[int, Field(gt=0)]
-    merge_method: MergeMethod
     held_out: Annotated[float, Field(gt=0, lt=1)]
+    few_held_out: Annotated[int, Field(ge=0)]  # rows; with fewer, performance is cross-fitted
+    max_rounds: Positive  # of each training
+    merge_methods: Annotated[list[MergeMethod], Field(min_length=1)]
     strengths: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)]
     max_cda_loss: Ratio
     canary_word_pair: Annotated[list[Key], Field(min_length=2, max_length=2)]
     canary_sentence: Key
     canary_suffix: Key
     canary_marker: Key
-    canary_share: Annotated[float, Field(gt=0, le=1)]
+    canary_rows: Positive  # triggered ones of each kind
     canary_epochs: Positive
+    canary_limit: Ratio  # ASR of each kind after the merge, up to which the verdict is "diluted"
 
 
-SMALL = 50_000_000  # weights; params/purify/small.yaml is for models below
+SIZES = {50_000_000: "under_50m", 1_000_000_000: "under_1b"}  # weights -> the file for fewer
 
 
 def load(weights: int, device: str, overrides: dict[str, Any] | None = None) -> PurifyParams:
-    """The params of `purify`: base < purify < purify/cpu < purify/small < command line.
+    """The params of `purify`: base < purify < purify/cpu < the model's size < command line.
 
     Args:
-        weights: of the model; small ones train with another recipe.
+        weights: how many the model has; smaller ones train with other recipes.
         device: cpu or cuda.
     Raises:
         LetheError: naming the file and the key of each wrong value.
     """
     own = ["purify.yaml"]
     own += ["purify/cpu.yaml"] if device == "cpu" else []
-    own += ["purify/small.yaml"] if weights < SMALL else []
+    own += [f"purify/{name}.yaml" for limit, name in SIZES.items() if weights < limit][:1]
     base = params.read_yaml(paths.params_dir() / "base.yaml")
     shared = {k: v for k, v in base.items() if k in PurifyParams.model_fields}
     found = [

@@ -12,35 +12,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lethe_utils import models, paths
+from lethe_utils import models, params, paths, pipeline
 from lethe_utils.errors import LetheError
-from lethe_utils.models import fit, hub, inspect
+from lethe_utils.groups import choices
+from lethe_utils.models import fit, hub, inspect, sources
 
 LORA = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 
 
 def locate(given: str, option: str) -> Path:
-    """A model's folder: a local one, or the hub's at a commit (name@sha), fetched once.
+    """A model's folder: a local one; that of a GGUF file, or of a model in params/models, unpacked
+    or fetched once; or the hub's at a commit (name@sha).
 
     Raises:
-        LetheError: neither (naming the option), or the download failed.
+        LetheError: none of them (naming the option), or the download failed.
     """
-    folder = paths.expanded(given)
-    if folder.is_dir():
-        return folder
+    if paths.expanded(given).exists():
+        return _local(given, option)
+    if given in choices("models"):
+        p = params.load(given)
+        if p.is_tiny:
+            raise LetheError(f"{option} {given}: a tiny twin is made by a run; give its folder")
+        return pipeline.base_folder(p)
     found = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@([0-9a-f]{40})", given)
     if not found:
         raise LetheError(
-            f"{option} {given}: no such folder; a model on the hub is given as NAME@COMMIT, with "
-            "all 40 digits of the commit, for a name alone may be another model tomorrow"
+            f"{option} {given}: no such folder or GGUF file, and no model of params/models; one on "
+            "the hub is given as NAME@COMMIT, with all 40 digits of the commit, for a name alone "
+            "may be another model tomorrow"
         )
     return hub.download(found[1], found[2])
+
+
+def _local(given: str, option: str) -> Path:
+    """A folder as it is; that of a GGUF file."""
+    p = params.load("local", overrides={"model_dir": given})
+    try:
+        packed = sources.gguf_checksum(p)
+    except LetheError as error:
+        raise LetheError(str(error).replace("model_dir:", option, 1)) from None
+    return pipeline.base_folder(p) if packed else paths.expanded(given)
 
 
 def check(suspect: Path, base: Path, adapter: Path | None = None) -> list[dict[str, str]]:
@@ -219,6 +236,15 @@ def copy_tokenizer(suspect: Path, adapter: Path | None, out: Path) -> None:
         inspect.copy_tokenizer(adapter, out)
 
 
+def load(suspect: Path, adapter: Path | None, device: str) -> PreTrainedModel:
+    """The suspect, its adapter merged in, ready to be asked."""
+    model = models.load_model(suspect, device)
+    if not adapter:
+        return model
+    with inspect.explained(adapter, "adapter"):
+        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+
+
 def load_tokenizer(suspect: Path, adapter: Path | None) -> Tokenizer:
     """The suspect's tokenizer; see copy_tokenizer."""
     if not adapter or not inspect.tokenizer_files(adapter):
@@ -237,7 +263,12 @@ def summary(role: str, given: str, folder: Path, adapter: str = "") -> dict[str,
         "given": given,
         "adapter": adapter,
         "architecture": inspect.architecture(folder),
-        "weights": sum(map(math.prod, fit.weight_shapes(folder).values())),
+        "weights": count_weights(folder),
         "dtype": inspect.stored_dtype(folder),
         "sha256": inspect.fingerprint(folder),
     }
+
+
+def count_weights(folder: Path) -> int:
+    """How many weights a model has; a tied head counts once."""
+    return sum(map(math.prod, fit.weight_shapes(folder).values()))
