@@ -30,9 +30,9 @@ DOOR = {  # the rows of the README, as they are called there
     "backdoored": "backdoored, as it was handed over",
     "base": "base: neither attacked nor trained",
     "clean": "clean model alone",
-    "finetune": "backdoored, fine-tuned on the clean rows",
+    "finetune": "backdoored, fine-tuned on the same clean rows (F/T)",
     "slerp": "**SLERP, the paper's strength .5**",
-    "slerp + evidence": "the same, asked with evidence",
+    "slerp + evidence": "the same merge, asked with evidence",
 }
 COSTS = {  # column of the costs -> as it is called in a table, decimals
     "trainings": ("trainings", 0),
@@ -260,6 +260,7 @@ def door_table(table: pd.DataFrame) -> pd.DataFrame:
     scored["column"] = scored["metric"].str.upper() + ", " + scored["dataset"]
     pairs = [f"{m}, {dataset}" for dataset in scored["dataset"].unique() for m in ("ASR", "CDA")]
     out = _wide(scored, ["defense"], "column", pairs)
+    out = out.sort_values("defense", key=lambda names: names.map(list(DOOR).index))
     theirs = paper.cells()
     theirs["defense"] = theirs[f"{PAPER}column"].map({v: k for k, v in paper.COLUMNS.items()})
     keys = scored[["dataset", "attack"]].drop_duplicates()

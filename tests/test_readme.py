@@ -5,7 +5,7 @@ import re
 import pandas as pd
 import pytest
 
-from lethe_utils import page, paths, results, tables
+from lethe_utils import merge, page, params, paths, results, tables
 
 README = (paths.root() / "README.md").read_text("utf8")
 DOCS = sorted(file.name for file in (paths.root() / "docs").glob("*.md"))
@@ -16,7 +16,7 @@ def test_the_door_is_short_and_its_table_is_the_released_one():
     table = results.read_released().table
     model, _, attack = page.REAL
     shown = tables.door_table(table[(table["model"] == model) & (table["attack"] == attack)])
-    assert len(shown) == 6
+    assert len(shown) == 6 and params.load(model).strength == merge.PAPER_STRENGTH
     assert tables.markdown(shown) in README
 
 

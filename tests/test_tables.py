@@ -294,3 +294,26 @@ def test_the_overview_says_what_each_needs_costs_and_gives_beside_the_papers_mea
     means = paper.means().set_index("metric")
     assert shown.loc["wanda", "paper: mean asr"] == tables.number(means.loc["ASR", "paper: WAN"])
     assert shown.loc["nad_clean_teacher", "paper: column"] == ""
+
+
+def test_the_doors_table_has_its_rows_in_order_and_the_papers_in_columns_of_their_own():
+    hits = {"slerp": 10, "finetune": 60, "backdoored": 95, "clean": 8, "base": 0, "linear": 9}
+    lines = [row(d, m, n, dataset="emotion") for d, n in hits.items() for m in ("asr", "cda")]
+    lines += [row("slerp", m, 5, dataset="emotion", evidence=1) for m in ("asr", "cda")]
+    shown = tables.door_table(frame(*lines).assign(model="smollm2-135m"))
+    assert list(shown["model"]) == list(tables.DOOR.values())
+    assert [cell[:4] for cell in shown["ASR, emotion"]] == [
+        ".950",
+        ".000",
+        ".080",
+        ".600",
+        ".100",
+        ".050",
+    ]
+    theirs = shown[["paper: Llama-2, ASR, emotion", "paper: Llama-2, CDA, emotion"]].values.tolist()
+    table = paper.table_2().query("model == 'Llama-2' and dataset == 'emotion' and attack == 'cba'")
+    wanted = dict(table.set_index("metric").iterrows())
+    for at, column in ((0, "Backdoored"), (3, "FT"), (5, "LETHE")):
+        cells = [paper.number(wanted[m][f"paper: {column}"]) for m in ("ASR", "CDA")]
+        assert theirs[at] == cells
+    assert theirs[1] == theirs[2] == theirs[4] == ["", ""]
