@@ -425,13 +425,14 @@ def test_the_estimate_counts_what_is_trained_and_asked(monkeypatch, pico):
         sum(item["length"] for item in train.encode(some, tokenizer, case.p))
         for some in (case.train, planted)
     ]
+    once = 6 * tokens[0] + 2 * tokens[1]  # clean_epochs and canary_epochs
     monkeypatch.setattr(trial, "COPIED", math.inf)
     training = trial.Pace(token=0.06, question=0, memory=0)
-    for n in (1, 2, 3):  # six epochs of both a round
-        assert trial.minutes(case, training, n) == pytest.approx(n * 6 * sum(tokens) * 0.001)
+    for n in (1, 2, 3):
+        assert trial.minutes(case, training, n) == pytest.approx(n * once * 0.001)
     crossed = a_case((200, 30, 70), max_rounds=3, few_held_out=100)
     halves = trial.minutes(crossed, training, 2) - trial.minutes(case, training, 2)
-    assert halves == pytest.approx(6 * 0.001 * sum(tokens[:1]) * 300 / 200, rel=0.02)
+    assert halves == pytest.approx(6 * 0.001 * tokens[0] * 300 / 200, rel=0.02)
     asking = trial.Pace(token=0, question=60, memory=0)
     kinds = sum(map(len, canary.triggered(case.held_out, case.labels, P).values()))
     points = 2 * 3 + 2

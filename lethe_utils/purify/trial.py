@@ -31,7 +31,7 @@ class Pace(NamedTuple):
 
     token: float  # seconds for a token of training
     question: float  # seconds for an answer
-    memory: int  # bytes at the peak of a training, this program included
+    memory: float  # bytes at the peak of a training, this program included
 
 
 def estimate(case: Case) -> pd.DataFrame:
@@ -78,6 +78,8 @@ def measured_pace(case: Case) -> Pace:
     token = _token_seconds(case, tokenizer)
     gc.collect()
     memory = torch.cuda.max_memory_allocated() if p.device == "cuda" else peak_memory()
+    # What is saved in the end is loaded beside what the training leaves.
+    memory += room.weights_bytes(case.given["models"][0]["weights"], p)
     return Pace(token, seconds / len(asked), memory)
 
 
