@@ -21,7 +21,7 @@ def test_the_recipe_fits_the_models_size():
 def test_purify_has_its_own_layers():
     cpu, gpu = (settings.load(10**10, device) for device in ("cpu", "cuda"))
     assert (cpu.bits, gpu.bits) == (32, 4) and gpu.optimizer == "paged_adamw_32bit"
-    assert cpu.merge_methods == ["slerp", "linear"] and cpu.strengths == [0.25, 0.5, 0.75]
+    assert cpu.merge_methods == ["slerp", "linear"] and cpu.strengths == [0.5, 0.6, 0.7]
     assert settings.load(10, "cpu", {"strengths": [0.1]}).strengths == [0.1]
 
 
