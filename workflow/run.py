@@ -78,7 +78,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="./run_all.sh",
         description="Train a backdoor, dilute it, measure what that bought. Without arguments: "
-        "the embedded data on SmolLM2-135M, on two CPU cores in a quarter of an hour.",
+        "the embedded data on SmolLM2-135M, on two CPU cores in a quarter of an hour or so.",
         epilog="also: ./run_all.sh test (all tests), ./run_all.sh tables (tables and figures from "
         "the committed results, no training), ./run_all.sh release RUN_ID (a finished run joins "
         "them), ./run_all.sh grid NAME (many runs, see grid --help), "
