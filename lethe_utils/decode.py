@@ -4,13 +4,13 @@ Batched, sorted by length, greedy, and stopped as soon as the label is written. 
 protocol (one prompt at a time, sampling, no early stop) is kept as `protocol: official`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, set_seed
 
-from lethe_utils import models
+from lethe_utils import models, train
 from lethe_utils.groups import Recipe
 from lethe_utils.progress import Bar
 from lethe_utils.prompts import prompt_ids, stop_ids
@@ -128,7 +128,6 @@ def with_room(
     return p.model_copy(update={"max_new_tokens": max(p.max_new_tokens, needed)})
 
 
-@torch.inference_mode()
 def token_accuracy(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -139,10 +138,37 @@ def token_accuracy(
     """Per row the share of its answer's tokens that greedy decoding would write, each given the
     true ones before it: how well a model knows an answer that is a text, without judging wording.
     """
-    from lethe_utils import train
+    shares = [0.0] * len(rows)
+    for chosen, logits, labels in _read_answers(model, tokenizer, rows, p, progress):
+        counted = labels != train.IGNORED
+        right = (logits.argmax(-1) == labels) & counted
+        for i, share in zip(chosen, (right.sum(1) / counted.sum(1)).tolist(), strict=True):
+            shares[i] = share
+    return shares
 
+
+def mean_loss(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], p: Recipe
+) -> float:
+    """Mean cross-entropy (nats) over all answer tokens of some rows, without training on them."""
+    total = tokens = 0.0
+    for _, logits, labels in _read_answers(model, tokenizer, rows, p, "reading answers"):
+        n = int((labels != train.IGNORED).sum())
+        total, tokens = total + float(train.cross_entropy(logits, labels)) * n, tokens + n
+    return total / tokens
+
+
+@torch.inference_mode()
+def _read_answers(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: list[Row],
+    p: Recipe,
+    progress: str,
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """The model on the rows' true answers: which rows, logits (rows, longest answer, vocabulary)
+    and labels (rows, longest answer) of each batch, on the CPU."""
     items = train.encode(rows, tokenizer, p)
-    shares = [0.0] * len(items)
     model.eval()
     groups = batches([i["input_ids"] for i in items], p.eval_batch_size)
     for chosen in Bar(groups, desc=progress):
@@ -151,29 +177,4 @@ def token_accuracy(
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         with models.arithmetic(p):
             logits = model(**inputs, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
-        right = (logits.argmax(-1).cpu() == labels) & (labels != train.IGNORED)
-        counted = (labels != train.IGNORED).sum(1)
-        for i, share in zip(chosen, (right.sum(1) / counted).tolist(), strict=True):
-            shares[i] = share
-    return shares
-
-
-@torch.inference_mode()
-def mean_loss(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], p: Recipe
-) -> float:
-    """Mean cross-entropy (nats) over all answer tokens of some rows, without training on them."""
-    from lethe_utils import train
-
-    items = train.encode(rows, tokenizer, p)
-    total = tokens = 0.0
-    model.eval()
-    for chosen in batches([i["input_ids"] for i in items], p.eval_batch_size):
-        inputs = train.collate([items[i] for i in chosen], tokenizer)
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        labels = inputs.pop("labels")
-        with models.arithmetic(p):
-            loss, _ = train.answer_loss(model, inputs, labels)
-        n = int((labels != train.IGNORED).sum())
-        total, tokens = total + float(loss) * n, tokens + n
-    return total / tokens
+        yield chosen, logits.cpu(), labels

@@ -11,7 +11,7 @@ from lethe_utils import merge, paths, tables
 from lethe_utils.errors import LetheError
 from lethe_utils.groups import DEFAULT_ATTACK, DEFAULT_DATASET, DEFAULT_MODEL, TWIN
 from lethe_utils.paper import PAPER, number
-from lethe_utils.pooled import CONTROLS, MERGES, SETUP, by_full_name, on_test, one_setup, select
+from lethe_utils.pooled import READ_FIRST, SETUP, by_full_name, on_test, one_setup, select
 from lethe_utils.results import Measured, read_released, released_params
 from lethe_utils.stages import write_text
 
@@ -37,7 +37,7 @@ def _write(out: Path, measured: Measured, default: tuple[str, str, str]) -> Path
     """One page, from its template and the results of its models."""
     table = select(measured.table)
     first = one_setup(table, *default)
-    read_first = first[first["defense"].isin([*CONTROLS, "finetune", *MERGES])]
+    read_first = first[first["defense"].isin(READ_FIRST)]
     settings = next(p for p in released_params().values() if _setup(p) == default)
     t = merge.slerp_table(settings["n_layers"], [settings["strength"]])["t"]
     drops = tables.drop_table(table)

@@ -12,6 +12,7 @@ from lethe_utils.paper import SETUP
 NUMBERS = ["value", "n", "ci_low", "ci_high"]
 CONTROLS = ["backdoored", "base", "clean"]
 MERGES = ["linear", "slerp", "ties", "passthrough"]
+READ_FIRST = [*CONTROLS, "finetune", *MERGES]  # what every run of the default has
 
 
 def select(table: pd.DataFrame) -> pd.DataFrame:
