@@ -7,7 +7,6 @@ The same recipe as in the paper: a clean LoRA model of the same base is merged w
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lethe_utils import merge, models
@@ -30,8 +29,7 @@ def suspect_model(case: Case) -> Path:
         stored = getattr(torch, name)
         model = _load(suspect, torch.float32 if adapter else stored)
         if adapter:
-            with inspect.explained(adapter, "adapter"):
-                model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+            model = suspects.put_on(model, adapter)
             if not all(torch.isfinite(weight.to(stored)).all() for weight in model.parameters()):
                 raise LetheError(
                     f"{adapter}: put on {suspect}, it gives values that are not numbers in "

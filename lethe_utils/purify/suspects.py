@@ -239,8 +239,11 @@ def copy_tokenizer(suspect: Path, adapter: Path | None, out: Path) -> None:
 def load(suspect: Path, adapter: Path | None, device: str) -> PreTrainedModel:
     """The suspect, its adapter merged in, ready to be asked."""
     model = models.load_model(suspect, device)
-    if not adapter:
-        return model
+    return put_on(model, adapter) if adapter else model
+
+
+def put_on(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """A model with an adapter merged in. Raises LetheError where peft cannot."""
     with inspect.explained(adapter, "adapter"):
         return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
 
