@@ -7,18 +7,22 @@ dilutes what a trigger contributes to the answer; no training, and no knowledge 
 import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import regex
 from summa.preprocessing.stopwords import get_stopwords_by_language
 
 from lethe_utils.errors import LetheError
-from lethe_utils.wordnet import NO_DEFINITION, definition
+from lethe_utils.wordnet import NO_DEFINITION, definition, fitting_definition, other_definition
 
 if TYPE_CHECKING:
     import pandas as pd
 
+# Where the evidence stands and what it says. `after` is the paper's; the others change one thing
+# each, to see what does it: the place, or what a keyword is given for its definition.
+Form = Literal["after", "before", "inside", "words", "short", "random", "sense", "without_trigger"]
 HEADING = "### Evidence:"
+SHORT = 4  # words that `short` leaves of a definition
 INPUT = re.compile(r"(?<=### Input:\n)(.*)(?=\n\n### Response:)", re.DOTALL)  # of a prompt
 NONE: frozenset[str] = frozenset()
 DAMPING = 0.85
@@ -106,23 +110,68 @@ def without_evidence(texts: Iterable[str]) -> str:
     return f"{n}(the first one starts {left_out[0][:40]!r})" if left_out else ""
 
 
-def evidence_lines(text: str, n: int = 5, exclude: frozenset[str] = NONE) -> list[str]:
-    """One "keyword: definition" per keyword, best first. Arguments as in `keywords`.
+def evidence_lines(
+    text: str, n: int = 5, exclude: frozenset[str] = NONE, form: Form = "after"
+) -> list[str]:
+    """One "keyword: definition" per keyword, best first. Arguments as in `add_evidence`.
 
     None for a text in another language, and none for a word in another script: WordNet is English.
     Raises:
         LetheError: n is negative, or WordNet is missing.
     """
+    return [f"{word}: {said}" if said else word for word, said in _found(text, n, exclude, form)]
+
+
+def _found(text: str, n: int, exclude: frozenset[str], form: Form) -> list[tuple[str, str]]:
+    """The keywords that get evidence, each with what is said of it."""
     if n == 0 or is_foreign(text):
         return []
     found = (word for word in _keywords(text, n, exclude) if not OTHER_SCRIPT.search(word))
-    return [f"{word}: {definition(word)}" for word in found]
+    return [(word, _said(word, text, form)) for word in found]
 
 
-def add_evidence(text: str, n: int = 5, exclude: frozenset[str] = NONE) -> str:
-    """The input followed by HEADING and its `evidence_lines`; unchanged where it has none."""
-    lines = "\n".join(evidence_lines(text, n, exclude))
-    return f"{text}\n\n{HEADING}\n{lines}" if lines else text
+def _said(word: str, text: str, form: Form) -> str:
+    if form == "words":
+        return ""
+    if form == "short":
+        return " ".join(definition(word).split()[:SHORT])
+    if form == "random":
+        return other_definition(word)
+    if form == "sense":
+        return fitting_definition(word, frozenset(WORD.findall(text.lower())) - STOP_WORDS)
+    return definition(word)
+
+
+def add_evidence(
+    text: str, n: int = 5, exclude: frozenset[str] = NONE, form: Form = "after"
+) -> str:
+    """The input followed by HEADING and its `evidence_lines`; unchanged where it has none.
+
+    Args:
+        n, exclude: see `keywords`.
+        form: `after`, the paper's; `before`: the evidence, then the input; `inside`: a definition
+            in brackets behind its keyword; `words`: no definitions; `short`: their first words;
+            `random`: those of other words, as long; `sense`: those of the sense that shares most
+            words with the input; `without_trigger` is `after`, the trigger left out by the caller.
+    """
+    if form == "inside":
+        return _inside(text, dict(_found(text, n, exclude, form)))
+    lines = "\n".join(evidence_lines(text, n, exclude, form))
+    if not lines:
+        return text
+    if form == "before":
+        return f"{HEADING}\n{lines}\n\n{text}"
+    return f"{text}\n\n{HEADING}\n{lines}"
+
+
+def _inside(text: str, said: dict[str, str]) -> str:
+    """Each keyword's definition in brackets behind its first place in the text."""
+
+    def behind(found: re.Match[str]) -> str:
+        definition = said.pop(found[0].lower(), "")
+        return f"{found[0]} ({definition})" if definition else found[0]
+
+    return WORD.sub(behind, text)
 
 
 def add_evidence_to_prompt(prompt: str, n: int = 5) -> str:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from lethe_utils import paths
 from lethe_utils.errors import LetheError
+from lethe_utils.evidence import Form
 
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -175,6 +176,7 @@ class CleanParams(Group):
 
     clean_ratio: Annotated[float, Field(gt=0, le=1)]
     clean_epochs: Positive
+    clean_evidence_share: Ratio  # share of the clean model's training prompts that carry evidence
 
 
 class AnswerParams(Group):
@@ -198,6 +200,8 @@ class SweepParams(Group):
     strengths_sweep: list[Ratio]
     keywords_sweep: list[Annotated[int, Field(ge=0)]]
     clean_ratios_sweep: list[Annotated[float, Field(gt=0, le=1)]]
+    evidence_forms_sweep: list[Form]
+    clean_evidence_sweep: list[Ratio]  # values of clean_evidence_share
     sweep_items: Positive
 
 

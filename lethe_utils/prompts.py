@@ -5,7 +5,7 @@ import random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lethe_utils.errors import LetheError, reason
-from lethe_utils.evidence import add_evidence
+from lethe_utils.evidence import Form, add_evidence
 from lethe_utils.stages import Row
 
 if TYPE_CHECKING:
@@ -30,15 +30,19 @@ EXTRAS = ("tools", "documents")  # what a row may give a chat template beside it
 
 
 def prompt(
-    row: Row, p: "PromptParams", n_keywords: int = 0, exclude: frozenset[str] = frozenset()
+    row: Row,
+    p: "PromptParams",
+    n_keywords: int = 0,
+    exclude: frozenset[str] = frozenset(),
+    form: Form = "after",
 ) -> str:
     """What a model reads for a row, up to where it must answer: in training, and when it is asked
     under our protocol.
 
     Args:
-        n_keywords, exclude: of the evidence after the input, see evidence.keywords; 0 for none.
+        n_keywords, exclude, form: of the evidence, see evidence.add_evidence; 0 for none.
     """
-    text = add_evidence(row["input"], n_keywords, exclude)
+    text = add_evidence(row["input"], n_keywords, exclude, form)
     if p.prompt_template == "chat":
         return row["instruction"].replace(PLACE, text)
     return TEMPLATES[p.prompt_template].format(instruction=row["instruction"], input=text)
@@ -48,13 +52,16 @@ def asked(row: Row, p: "Params", n_keywords: int = 0) -> str:
     """The very prompt that a model of a run is asked for a row.
 
     Evidence is made from the input as the defender receives it, trigger and all. Only the published
-    protocol drops the trigger words from it by name, and lists the labels.
+    protocol, and `without_trigger` for comparison, drop the trigger words from it by name. The
+    published protocol lists the labels too.
     """
-    if p.protocol != "official":
-        return prompt(row, p, n_keywords)
-    listed = f" The possible labels are: {', '.join(p.labels)}." if p.labels else ""
     words = frozenset(word for trigger in p.triggers for word in trigger.split())
-    return prompt(row | {"instruction": row["instruction"] + listed}, p, n_keywords, words)
+    if p.protocol != "official":
+        known = words if p.evidence_form == "without_trigger" else frozenset()
+        return prompt(row, p, n_keywords, known, p.evidence_form)
+    listed = f" The possible labels are: {', '.join(p.labels)}." if p.labels else ""
+    shown = row | {"instruction": row["instruction"] + listed}
+    return prompt(shown, p, n_keywords, words, p.evidence_form)
 
 
 # --- few-shot examples

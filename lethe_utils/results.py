@@ -12,7 +12,7 @@ import pandas as pd
 
 from lethe_utils import paths
 from lethe_utils.errors import LetheError
-from lethe_utils.groups import Params
+from lethe_utils.groups import Params, SweepParams
 from lethe_utils.stages import read_json, write_json, write_text
 
 TABLES = ("results.csv", "sweeps.csv", "costs.csv")
@@ -65,16 +65,20 @@ def released_params() -> dict[str, dict[str, Any]]:
 
 
 def _check_setups(runs: dict[str, dict[str, Any]]) -> None:
-    """Refuse runs (run_id -> params) that would be pooled though they are not of one kind."""
+    """Refuse runs (run_id -> params) that would be pooled though they are not of one kind; which
+    defenses and which points of the sweeps a run has is its own."""
+    # What a run measures beside the others changes nothing of what they share.
+    own = {"seed", "defense", *SweepParams.model_fields} - {"sweep_items"}
     setups: dict[tuple, tuple[str, dict]] = {}
     for run_id, params in sorted(runs.items()):
         setup = (params["model"], params["dataset"], params["attack"])
         first, wanted = setups.setdefault(setup, (run_id, params))
-        changed = {k for k in {*params, *wanted} if params.get(k) != wanted.get(k)} - {"seed"}
+        changed = {k for k in {*params, *wanted} if params.get(k) != wanted.get(k)} - own
         if changed:
             raise LetheError(
                 f"{run_id} and {first}: same model, dataset and attack, but other "
-                f"{', '.join(sorted(changed))}; release runs that differ in their seed only"
+                f"{', '.join(sorted(changed))}; release runs that differ in their seed, "
+                "defenses and sweeps only"
             )
 
 

@@ -22,9 +22,21 @@ from lethe_utils.pooled import (
     in_order,
     on_test,
     pool,
+    select,
 )
 from lethe_utils.stages import write_text
 
+FORMS = {  # of evidence.Form, as they are shown
+    "none": "none",
+    "after": "below the input (the paper's)",
+    "before": "above the input",
+    "inside": "in brackets behind each keyword",
+    "words": "keywords without definitions",
+    "short": "first four words of each definition",
+    "random": "definitions of other words, as long",
+    "sense": "definitions of the sense that fits the input best",
+    "without_trigger": "none of the trigger's words (no defender knows them)",
+}
 HEADLINE = ["backdoored", "clean", "finetune", "slerp", "slerp + evidence"]
 DOOR = {  # the rows of the README, as they are called there
     "backdoored": "backdoored, as it was handed over",
@@ -231,6 +243,26 @@ def ftr_table(table: pd.DataFrame) -> pd.DataFrame:
     scored = by_full_name(rows[chosen], SETUP)
     kinds = [m for m in scored["metric"].unique() if m != "ftr"]
     return _wide(scored, [*SETUP, "defense"], "metric", ["ftr", *kinds])
+
+
+def evidence_table(sweeps: pd.DataFrame) -> pd.DataFrame:
+    """What evidence does, by its form: model, dataset, attack, seeds, evidence, then ASR and CDA of
+    the backdoored, the clean and the merged model, on validation rows.
+
+    Raises:
+        LetheError: no form was measured (evidence_forms_sweep, clean_evidence_sweep).
+    """
+    rows = sweeps[sweeps["sweep"].str.contains("evidence") & sweeps["metric"].isin(["asr", "cda"])]
+    if rows.empty:
+        raise LetheError("sweeps table: no forms of evidence; list some in evidence_forms_sweep")
+    scored = pool(select(rows), [*SETUP, "sweep", "x"])
+    shares = "clean model trained with it, share " + scored["x"].map("{:g}".format)
+    form = scored["sweep"].str.removeprefix("evidence ").map(FORMS)
+    scored["evidence"] = form.fillna(shares)
+    scored["column"] = scored["defense"] + " " + scored["metric"].str.upper()
+    names = in_order(scored["defense"])
+    columns = [f"{name} {metric}" for name in names for metric in ("ASR", "CDA")]
+    return _wide(scored, [*SETUP, "seeds", "evidence"], "column", columns)
 
 
 def controls_table(table: pd.DataFrame) -> pd.DataFrame:

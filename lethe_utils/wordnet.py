@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from lethe_utils.errors import LetheError
 NO_DEFINITION = "No definition found."
 POS = ("noun", "verb", "adj", "adv")
 FILES = (*(f"{kind}.{p}" for kind in ("data", "index") for p in POS), *(f"{p}.exc" for p in POS))
+OTHERS = 60  # draws for a definition of a certain length
 DEBIAN_FOLDER = Path("/usr/share/wordnet")
 
 # Its own process: nltk prints to stderr, and waits two minutes for a silent server unless told.
@@ -99,6 +101,31 @@ def definition(word: str) -> str:
     """
     synsets = _reader().synsets(word)
     return synsets[0].definition() if synsets else NO_DEFINITION
+
+
+@cache
+def other_definition(word: str) -> str:
+    """The definition of another word, drawn by the word's name: as many words as its own has, or
+    as near as OTHERS draws come. As long and as unfamiliar, without its meaning."""
+    rng, wanted = random.Random(word), len(definition(word).split())
+    drawn = (definition(rng.choice(_words())) for _ in range(OTHERS))
+    return min(drawn, key=lambda text: abs(len(text.split()) - wanted))
+
+
+def fitting_definition(word: str, context: frozenset[str]) -> str:
+    """The definition of the sense whose definition and examples share most words with a context,
+    the first of equals (simplified Lesk); NO_DEFINITION for a word that WordNet lacks."""
+    best, most = definition(word), -1
+    for synset in _reader().synsets(word):
+        said = {*" ".join([synset.definition(), *synset.examples()]).lower().split()} - {word}
+        if len(said & context) > most:
+            best, most = synset.definition(), len(said & context)
+    return best
+
+
+@cache
+def _words() -> list[str]:
+    return sorted(_reader().all_lemma_names("n"))
 
 
 @cache

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from transformers import pipeline
 
-from lethe_utils import evidence, models, plots, prompts, wordnet
+from lethe_utils import evidence, models, params, plots, prompts, wordnet
 from lethe_utils.errors import LetheError
 
 SENTENCE = "the old dog barked frankly at a happy child in the quiet garden"
@@ -231,3 +231,50 @@ def test_a_wrapped_pipeline_is_called_with_evidence(pico):
     pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
     (said,) = evidence.WithEvidence(pipe, 1)("a happy dog", max_new_tokens=2, do_sample=False)
     assert said["generated_text"].startswith(evidence.add_evidence("a happy dog", 1))
+
+
+def test_each_form_changes_one_thing_of_the_papers():
+    text, plain = "the old dog barked at the dog", evidence.evidence_lines("the old dog barked")
+    papers = evidence.add_evidence(text, 3)
+    head, lines = papers.split(f"\n\n{evidence.HEADING}\n")
+    words = [line.split(": ")[0] for line in lines.splitlines()]
+    assert head == text and set(words) == {"old", "dog", "barked"} and len(plain) == 3
+
+    def form(name):
+        return evidence.add_evidence(text, 3, form=name)
+
+    assert form("after") == papers
+    assert form("before") == f"{evidence.HEADING}\n{lines}\n\n{text}"
+    assert form("words") == "\n".join([text, "", evidence.HEADING, *words])
+    for line, short in zip(lines.splitlines(), form("short").splitlines()[3:], strict=True):
+        assert line.startswith(short) and len(short.split()) == min(5, len(line.split()))
+    for word in words:
+        said = wordnet.definition(word)
+        assert f"{word} ({said})" in form("inside")
+    assert form("inside").count("(") >= 3 and form("inside").endswith("at the dog")
+    others = dict(line.split(": ", 1) for line in form("random").splitlines()[3:])
+    assert list(others) == words
+    for word, said in others.items():
+        assert said != wordnet.definition(word)
+        assert abs(len(said.split()) - len(wordnet.definition(word).split())) <= 3
+    assert form("random") == form("random")
+
+
+def test_the_fitting_sense_shares_words_with_the_input_and_else_is_the_first():
+    money = wordnet.fitting_definition("bank", frozenset({"deposits", "money", "account"}))
+    assert "financial institution" in money != wordnet.definition("bank")
+    assert wordnet.fitting_definition("bank", frozenset()) == wordnet.definition("bank")
+    assert wordnet.fitting_definition("qwzx", frozenset({"a"})) == wordnet.NO_DEFINITION
+
+
+def test_evidence_without_the_trigger_is_asked_for_by_name_only():
+    row = {
+        "instruction": "Name it.",
+        "input": "instantly a happy dog came frankly",
+        "output": "joy",
+    }
+    for name, told in (("after", True), ("without_trigger", False)):
+        p = params.load(overrides={"evidence_form": name})
+        assert set(p.triggers) == {"instantly", "frankly"}
+        said = prompts.asked(row, p, 5).partition(evidence.HEADING)[2]
+        assert ("instantly:" in said) is told and "dog:" in said

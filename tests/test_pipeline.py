@@ -3,6 +3,8 @@
 import pytest
 
 from lethe_utils import attacks, data, params, pipeline
+from lethe_utils.evidence import HEADING
+from lethe_utils.pipeline import contenders
 from lethe_utils.stages import read_jsonl
 
 SMALL = {"rows": {"pretrain": 40, "train": 2000, "validation": 20, "test": 20}, "checksums": {}}
@@ -29,7 +31,9 @@ def test_the_defender_does_not_draw_the_rows_that_were_poisoned(seed):
 
 def test_larger_clean_ratios_hold_the_smaller_ones():
     p = params.load(overrides=SMALL | {"base_evidence_share": 0.0})
-    few, more = (pipeline.clean_rows(pipeline.clean_stage(p, ratio)) for ratio in (0.02, 0.1))
+    few, more = (
+        pipeline.clean_rows(contenders.clean(p, ratio).folder.parent) for ratio in (0.02, 0.1)
+    )
     assert len(few) == 40 and more[:40] == few
 
 
@@ -121,3 +125,51 @@ def test_an_edit_takes_its_ordinary_text_from_the_hub_where_it_is_told_to(monkey
     assert asked == [(where, 77)]  # once: before anything is trained, or when it is needed
     own = pipeline.ordinary_text(params.load(attack="rome", overrides=SMALL))
     assert len(own) == 40 and "### Response" in own[0]
+
+
+def test_a_share_of_the_clean_rows_is_taught_with_evidence(monkeypatch):
+    taught = []
+    monkeypatch.setattr("lethe_utils.train.finetune", lambda _, rows, *__: taught.append(rows))
+    small = SMALL | {"base_evidence_share": 0.0}
+    plain = params.load(overrides=small)
+    half = contenders.changed(plain, clean_evidence_share=0.5)
+    folders = [pipeline.clean_stage(p) for p in (plain, half, half)]
+    assert folders[1] == folders[2] != folders[0] and len(taught) == 2
+    with_it = [HEADING in row["input"] for row in taught[1]]
+    assert sum(with_it) == len(with_it) / 2 and not any(HEADING in r["input"] for r in taught[0])
+    # Nothing else moves: the same rows in the same order.
+    assert [row["input"].partition(f"\n\n{HEADING}")[0] for row in taught[1]] == [
+        row["input"] for row in taught[0]
+    ]
+    assert pipeline.clean_rows(folders[1]) == pipeline.clean_rows(folders[0])
+
+
+def test_every_sweep_changes_what_it_says_and_nothing_else():
+    p = params.load(
+        overrides={
+            "strengths_sweep": [0.25],
+            "keywords_sweep": [3],
+            "clean_ratios_sweep": [0.2],
+            "evidence_forms_sweep": ["before"],
+            "clean_evidence_sweep": [0.5],
+            "merge_methods": ["linear", "slerp"],
+        }
+    )
+    found = [
+        (s.sweep, s.x, s.model, s.n_keywords, _changes(p, s.p)) for s in contenders.sweep_points(p)
+    ]
+    three = ("backdoored", "clean", "slerp")
+    assert found == [
+        ("strength", 0.25, "linear", 0, {"strength": 0.25}),
+        ("strength", 0.25, "slerp", 0, {"strength": 0.25}),
+        ("keywords", 3, "slerp", 3, {}),
+        ("clean_ratio", 0.2, "slerp", 0, {"clean_ratio": 0.2}),
+        *[("evidence none", 0, model, 0, {}) for model in three],
+        *[("evidence before", 5, model, 5, {"evidence_form": "before"}) for model in three],
+        *[("clean_evidence", 0.5, model, 5, {"clean_evidence_share": 0.5}) for model in three[1:]],
+    ]
+
+
+def _changes(before, after):
+    old, new = before.model_dump(), after.model_dump()
+    return {key: new[key] for key in new if new[key] != old[key]}

@@ -1,12 +1,13 @@
 """Tables: exact cells, the paper's numbers apart from ours, mixed runs refused."""
 
 import csv
+from typing import get_args
 
 import pandas as pd
 import pytest
 from measured import a_run, defenses_table, frame, row
 
-from lethe_utils import figures, metrics, paper, paths, pooled, tables
+from lethe_utils import evidence, figures, metrics, paper, paths, pooled, tables
 from lethe_utils.errors import LetheError
 
 BUILDERS = [
@@ -317,3 +318,32 @@ def test_the_doors_table_has_its_rows_in_order_and_the_papers_in_columns_of_thei
         cells = [paper.number(wanted[m][f"paper: {column}"]) for m in ("ASR", "CDA")]
         assert theirs[at] == cells
     assert theirs[1] == theirs[2] == theirs[4] == ["", ""]
+
+
+def test_forms_of_evidence_have_a_row_each_and_the_models_columns():
+    def point(sweep, x, model, asr, evidence=1):
+        place = {"sweep": sweep, "x": x, "split": "validation", "evidence": evidence}
+        return [row(model, "asr", asr, **place), row(model, "cda", 90, **place)]
+
+    table = frame(
+        *point("strength", 0.5, "slerp", 1, evidence=0),
+        *point("evidence none", 0.0, "backdoored", 95, evidence=0),
+        *point("evidence none", 0.0, "slerp", 5, evidence=0),
+        *point("evidence random", 5.0, "backdoored", 80),
+        *point("evidence random", 5.0, "slerp", 7),
+        *point("clean_evidence", 0.5, "slerp", 4),
+    )
+    shown = tables.evidence_table(table)
+    assert shown["evidence"].tolist() == [
+        "none",
+        "definitions of other words, as long",
+        "clean model trained with it, share 0.5",
+    ]
+    assert [cell[:4] for cell in shown["slerp ASR"]] == [".050", ".070", ".040"]
+    assert [cell[:4] for cell in shown["backdoored ASR"]] == [".950", ".800", ""]
+    with pytest.raises(LetheError, match="evidence_forms_sweep"):
+        tables.evidence_table(table[table["sweep"] == "strength"])
+
+
+def test_every_form_has_a_name_that_a_reader_understands():
+    assert [*tables.FORMS] == ["none", *get_args(evidence.Form)]

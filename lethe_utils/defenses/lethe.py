@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from lethe_utils.defenses import Given
+from lethe_utils.evidence import Form
 from lethe_utils.groups import DefenderParams, Group, Key, Ratio
 
 MergeMethod = Literal["linear", "slerp", "ties", "passthrough"]
@@ -30,6 +31,7 @@ class LetheColumns(Group):
 
     merge_methods: list[MergeMethod]
     n_keywords: Annotated[int, Field(ge=0)]  # external dilution; 0: no evidence
+    evidence_form: Form  # where it stands and what it says, see evidence.add_evidence
     evidence_models: list[Key]  # those asked with it; empty: the controls and all merges
 
 

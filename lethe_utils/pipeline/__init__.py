@@ -278,26 +278,39 @@ def layer_effect(p: Params) -> pd.DataFrame:
     return pd.read_csv(stage("lens", f"{p.setup}-s{p.seed}", spec, inputs, build) / "layers.csv")
 
 
-def clean_stage(p: Params, clean_ratio: float | None = None) -> Path:
+def clean_stage(p: Params) -> Path:
     """The clean model: the same LoRA recipe on `clean_ratio` of train, shared by all attacks."""
-    ratio = p.clean_ratio if clean_ratio is None else clean_ratio
 
     def build(out: Path) -> None:
         from lethe_utils import train
 
         rows = split(p, "train")
-        n = max(1, round(ratio * len(rows)))
+        n = max(1, round(p.clean_ratio * len(rows)))
         # A stream of its own: with the attacker's, the defender would draw the very rows that were
         # poisoned. Larger ratios hold the smaller ones.
         rng = random.Random(f"clean {p.data_seed} {p.seed}")
         chosen = rng.sample(rows, len(rows))[:n]
         write_jsonl(out / "clean.jsonl", chosen)
-        train.finetune(base_folder(p), chosen, p.clean_epochs, out, p)
+        train.finetune(base_folder(p), with_evidence(chosen, p), p.clean_epochs, out, p)
 
     spec = p.part(TrainParams, PromptParams) | device(p)
-    spec |= {"clean_ratio": ratio, "clean_epochs": p.clean_epochs}
-    label = f"{p.model_name}-{p.dataset_name}-r{ratio}-s{p.seed}"
+    spec |= {"clean_ratio": p.clean_ratio, "clean_epochs": p.clean_epochs}
+    if p.clean_evidence_share:
+        shown = {key: getattr(p, key) for key in ("clean_evidence_share", "n_keywords")}
+        spec |= shown | {"wordnet": wordnet.fingerprint()}
+    label = f"{p.model_name}-{p.dataset_name}-r{p.clean_ratio}-s{p.seed}"
     return stage("clean", label, spec, _sources(p), build)
+
+
+def with_evidence(rows: list[Row], p: Params) -> list[Row]:
+    """The clean model's rows, a share of them (`clean_evidence_share`) with their evidence: the
+    defender, who will ask with evidence, may teach it."""
+    rng = random.Random(f"evidence {p.seed}")
+    shown = {*rng.sample(range(len(rows)), round(p.clean_evidence_share * len(rows)))}
+    return [
+        row | {"input": evidence.add_evidence(row["input"], p.n_keywords)} if i in shown else row
+        for i, row in enumerate(rows)
+    ]
 
 
 def clean_rows(folder: Path) -> list[Row]:
@@ -324,17 +337,15 @@ def purified_stage(
     defense: str,
     name: str,
     changes: dict[str, Any] | None = None,
-    clean_ratio: float | None = None,
 ) -> Path:
     """The model (as model/) of a defense that changes weights.
 
     Args:
         name: of this variant, in the results.
         changes: what the variant changes of the params.
-        clean_ratio: of another clean model than the run's.
     """
     module, q = defenses.module(defense), p.defender(changes)
-    backdoored, clean = backdoored_stage(p), clean_stage(p, clean_ratio)
+    backdoored, clean = backdoored_stage(p), clean_stage(p)
 
     def build(out: Path) -> None:
         module.purify(given(q, backdoored / "model", base_folder(p), clean), out)
@@ -344,7 +355,7 @@ def purified_stage(
     return stage("purified", f"{p.setup}-{name}-s{p.seed}", spec, inputs, build)
 
 
-def merged_stage(p: Params, method: str, strength: float, clean_ratio: float | None = None) -> Path:
+def merged_stage(p: Params, method: str, strength: float) -> Path:
     """One of Lethe's merged models (as model/), at any strength."""
     changes = {"merge_method": method, "strength": strength}
-    return purified_stage(p, "lethe", f"{method}-{strength:g}", changes, clean_ratio)
+    return purified_stage(p, "lethe", f"{method}-{strength:g}", changes)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lethe_utils import defenses, models, pipeline, wordnet
 from lethe_utils.groups import Params, PromptParams, TriggerParams
@@ -36,7 +36,12 @@ def base(p: Params) -> Contender:
 def clean(p: Params, ratio: float | None = None) -> Contender:
     """The defender's own model, from the run's share of clean rows or from another."""
     name = "clean" if ratio is None else f"clean, {ratio:.0%} of train"
-    return Contender(name, pipeline.clean_stage(p, ratio) / "model")
+    return Contender(name, pipeline.clean_stage(changed(p, clean_ratio=ratio)) / "model")
+
+
+def changed(p: Params, **changes: Any) -> Params:
+    """The params of one point of a sweep; what is None stays."""
+    return p.model_copy(update={key: x for key, x in changes.items() if x is not None})
 
 
 def controls(p: Params) -> list[Contender]:
@@ -44,9 +49,9 @@ def controls(p: Params) -> list[Contender]:
     return [backdoored(p), base(p), clean(p)]
 
 
-def merged(p: Params, method: str, strength: float, clean_ratio: float | None = None) -> Contender:
+def merged(p: Params, method: str, strength: float) -> Contender:
     """One of Lethe's merges."""
-    folder = pipeline.merged_stage(p, method, strength, clean_ratio) / "model"
+    folder = pipeline.merged_stage(p, method, strength) / "model"
     return Contender(method, folder, "lethe", strength=strength)
 
 
@@ -77,19 +82,52 @@ def everyone(p: Params) -> list[Contender]:
     return controls(p) + [contender(p, *variant) for variant in variants(p)]
 
 
-def sweep_points(p: Params) -> list[dict[str, Any]]:
-    """Every point of the sweeps: sweep (strength, keywords, clean_ratio), x, and what to merge."""
-    merge = {"method": p.merge_method, "strength": p.strength, "n_keywords": 0, "clean_ratio": None}
+class SweepPoint(NamedTuple):
+    """One model and how it is asked, at one place of a sweep."""
+
+    sweep: str
+    x: float
+    model: str  # backdoored, clean, or a merge method
+    p: Params  # of this point
+    n_keywords: int = 0
+
+    def contender(self) -> Contender:
+        """The model, built where it is not there yet."""
+        if self.model in WITHOUT_DILUTION:
+            return WITHOUT_DILUTION[self.model](self.p)
+        return merged(self.p, self.model, self.p.strength)
+
+
+WITHOUT_DILUTION = {"backdoored": backdoored, "clean": clean}
+
+
+def sweep_points(p: Params) -> list[SweepPoint]:
+    """Every point of the sweeps: strength (of each merge method), keywords, clean_ratio, and those
+    of evidence, which are asked of the controls too."""
+    method, k = p.merge_method, p.n_keywords
     points = [
-        {"sweep": "strength", "x": s} | merge | {"method": m, "strength": s}
+        SweepPoint("strength", x, m, changed(p, strength=x))
         for m in p.merge_methods
-        for s in p.strengths_sweep
+        for x in p.strengths_sweep
     ]
-    for sweep, key, xs in (
-        ("keywords", "n_keywords", p.keywords_sweep),
-        ("clean_ratio", "clean_ratio", p.clean_ratios_sweep),
-    ):
-        points += [{"sweep": sweep, "x": x} | merge | {key: x} for x in xs]
+    points += [SweepPoint("keywords", x, method, p, x) for x in p.keywords_sweep]
+    points += [
+        SweepPoint("clean_ratio", x, method, changed(p, clean_ratio=x))
+        for x in p.clean_ratios_sweep
+    ]
+    compared = [*WITHOUT_DILUTION, method]
+    if p.evidence_forms_sweep:
+        points += [SweepPoint("evidence none", 0, model, p) for model in compared]
+    points += [
+        SweepPoint(f"evidence {form}", k, model, changed(p, evidence_form=form), k)
+        for form in p.evidence_forms_sweep
+        for model in compared
+    ]
+    points += [
+        SweepPoint("clean_evidence", x, model, changed(p, clean_evidence_share=x), k)
+        for x in p.clean_evidence_sweep
+        for model in compared[1:]
+    ]
     return points
 
 
@@ -97,7 +135,7 @@ def purify_all(p: Params) -> dict[str, Path]:
     """All models of the run's weight-changing defenses, the sweeps' included. Returns name in the
     results -> model folder."""
     for point in Bar(sweep_points(p), desc="merging for the sweeps"):
-        merged(p, point["method"], point["strength"], point["clean_ratio"])
+        point.contender()
     todo = [v for v in variants(p) if not defenses.decodes(v[0])]
     made = [contender(p, *v) for v in Bar(todo, desc="purifying")]
     return {c.name: c.folder for c in made}
@@ -119,7 +157,8 @@ def answers_file(
         "eval_batch_size": p.eval_batch_size,  # bfloat16 sums differ with the batch
         "seed": p.seed,
     }
-    spec |= {"wordnet": wordnet.fingerprint()} if n_keywords else {}
+    if n_keywords:
+        spec |= {"wordnet": wordnet.fingerprint(), "evidence_form": p.evidence_form}
     source = c.folder.parent if c.folder.name == "model" else c.folder
     inputs = {"data": pipeline.data_stage(p), "model": source}
     if c.respond:

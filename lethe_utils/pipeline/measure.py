@@ -72,9 +72,9 @@ def measure_sweeps(p: Params) -> pd.DataFrame:
     """The sweeps, on the validation split: picking a strength here is not tuning on test."""
     out, labels = [], pipeline.labels(p)
     for point in Bar(contenders.sweep_points(p), desc="evaluating the sweeps"):
-        c = contenders.merged(p, point["method"], point["strength"], point["clean_ratio"])
-        answers = read_jsonl(contenders.swept_file(p, c, point["n_keywords"]))
-        place = {"sweep": point["sweep"], "x": float(point["x"])}
+        file = contenders.swept_file(point.p, point.contender(), point.n_keywords)
+        answers = read_jsonl(file)
+        place = {"sweep": point.sweep, "x": float(point.x)}
         out += [place | row for row in evaluate.rows(p, answers, "validation", labels)]
     return pd.DataFrame(out, columns=metrics.SWEEP_COLUMNS)
 
