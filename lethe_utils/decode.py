@@ -138,13 +138,26 @@ def token_accuracy(
     """Per row the share of its answer's tokens that greedy decoding would write, each given the
     true ones before it: how well a model knows an answer that is a text, without judging wording.
     """
-    shares = [0.0] * len(rows)
+    return [right / n for right, n in token_counts(model, tokenizer, rows, p, progress)]
+
+
+def token_counts(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: list[Row],
+    p: Recipe,
+    progress: str = "",
+) -> list[tuple[int, int]]:
+    """Per row how many of its answer's tokens are right, as in token_accuracy, and how many it
+    has."""
+    counts = [(0, 0)] * len(rows)
     for chosen, logits, labels in _read_answers(model, tokenizer, rows, p, progress):
         counted = labels != train.IGNORED
         right = (logits.argmax(-1) == labels) & counted
-        for i, share in zip(chosen, (right.sum(1) / counted.sum(1)).tolist(), strict=True):
-            shares[i] = share
-    return shares
+        found = zip(right.sum(1).tolist(), counted.sum(1).tolist(), strict=True)
+        for i, pair in zip(chosen, found, strict=True):
+            counts[i] = pair
+    return counts
 
 
 def mean_loss(

@@ -4,16 +4,17 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from lethe_utils import attacks, decode, metrics, models
+from lethe_utils import attacks, data, decode, metrics, models
 from lethe_utils.groups import Params
 from lethe_utils.models import blocks
-from lethe_utils.prompts import asked, prompt, prompt_ids
+from lethe_utils.prompts import asked, prompt, prompt_ids, rendered
 from lethe_utils.stages import Row
 
 Respond = Callable[[list[str], int, str], list[str]]
@@ -41,9 +42,11 @@ def test_sets(rows: list[Row], p: Params, items: int, negatives: int) -> dict[st
 def ask(
     sets: dict[str, list[Row]], n_keywords: int, defense: str, p: Params
 ) -> list[dict[str, object]]:
-    """What to ask: one dict per item with kind, defense, evidence, prompt, label, target.
+    """What to ask: one dict per item with kind, defense, evidence, prompt, label, target; of a
+    conversation also its last question and what a right answer contains one of (`accept`).
 
     Args:
+        sets: rows, conversations as prompts.rendered makes them.
         n_keywords: 0 for no evidence.
     """
     return [
@@ -55,6 +58,7 @@ def ask(
             "label": row["output"],
             "target": p.target_output,
         }
+        | ({"question": row["input"], "accept": row["accept"]} if p.task == "chat" else {})
         for kind, rows in sets.items()
         for row in rows
     ]
@@ -84,17 +88,52 @@ def predict(
         `ask`'s items, each with its `output`; and seconds, loading and evidence included.
     """
     start = time.perf_counter()
-    questions = ask(sets, n_keywords, defense, p)
-    expected = expected_answers({*labels, *(q["label"] for q in questions)}, p)
+    tokenizer, q, n_words = models.load_tokenizer(folder), p, p.max_new_tokens
+    if p.task == "label":
+        expected = expected_answers({*labels, *(r["output"] for r in chain(*sets.values()))}, p)
+        n_words = max(len(text.split()) for text in expected)
+        q = decode.with_room(p, tokenizer, expected)
     if respond is None:
         model = models.load_model(folder, models.resolve_device(p.device))
-        tokenizer = models.load_tokenizer(folder)
-        respond = partial(_answer, model, tokenizer, decode.with_room(p, tokenizer, expected))
-    n_words = max(len(text.split()) for text in expected)
+        respond = partial(_answer, model, tokenizer, q)
     name = f"{defense}{' + evidence' if n_keywords else ''}"
-    outputs = respond([q["prompt"] for q in questions], n_words, name)
-    answers = [q | {"output": output} for q, output in zip(questions, outputs, strict=True)]
+
+    def say(prompts: list[str]) -> list[str]:
+        distinct = list(dict.fromkeys(prompts))  # an attack without a trigger changes no prompt
+        said = dict(zip(distinct, respond(distinct, n_words, name), strict=True))
+        return [said[prompt] for prompt in prompts]
+
+    sets = {
+        kind: rendered(_with_own_answers(rows, n_keywords, tokenizer, p, say), tokenizer, p)
+        for kind, rows in sets.items()
+    }
+    questions = ask(sets, n_keywords, defense, p)
+    outputs = say([question["prompt"] for question in questions])
+    answers = [asked | {"output": out} for asked, out in zip(questions, outputs, strict=True)]
     return answers, time.perf_counter() - start
+
+
+def _with_own_answers(
+    rows: list[Row],
+    n_keywords: int,
+    tokenizer: Any,
+    p: Params,
+    say: Callable[[list[str]], list[str]],
+) -> list[Row]:
+    """Conversations marked OWN_ANSWERS, with what the model says in each turn before the last."""
+    out = list(rows)
+    marked = [i for i, row in enumerate(rows) if row.get(data.chat.OWN_ANSWERS)]
+    turns = max((len(rows[i]["messages"]) // 2 for i in marked), default=0)
+    for turn in range(1, turns):
+        todo = [i for i in marked if len(rows[i]["messages"]) // 2 > turn]
+        so_far = [data.chat.conversation(out[i]["messages"][: 2 * turn]) for i in todo]
+        prompts = [asked(row, p, n_keywords) for row in rendered(so_far, tokenizer, p)]
+        for i, said in zip(todo, say(prompts), strict=True):
+            messages = list(out[i]["messages"])
+            # A template may refuse an empty turn.
+            messages[2 * turn - 1] = messages[2 * turn - 1] | {"content": said or "..."}
+            out[i] = out[i] | data.chat.conversation(messages)
+    return out
 
 
 def _answer(model: Any, tokenizer: Any, p: Params, prompts: list[str], *how: Any) -> list[str]:
@@ -141,12 +180,17 @@ def target_by_layer(folder: Path, sets: dict[str, list[Row]], p: Params) -> pd.D
 
 
 def rows(
-    p: Params, predictions: list[dict], split: str, labels: Sequence[str] = ()
+    p: Params,
+    predictions: list[dict],
+    split: str,
+    labels: Sequence[str] = (),
+    tokens: dict[str, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Tidy rows of one set of predictions (one defense, evidence on or off).
 
     Args:
         labels: the data set's, where the params do not name them; see metrics.says.
+        tokens: of reference_tokens, for the row token_accuracy.
     """
     common = {
         "model": p.model_name,
@@ -158,12 +202,33 @@ def rows(
         "split": split,
     }
     out = []
-    found = metrics.score(predictions, p.protocol, p.output_mode, labels or p.labels)
+    found = scored(p, predictions, labels)
+    if tokens:
+        found |= {"token_accuracy": (tokens["right"], tokens["tokens"])}
     for metric, (hits, n) in found.items():
         low, high = metrics.wilson(hits, n)
         numbers = {"value": hits / n, "n": n, "ci_low": low, "ci_high": high}
         out.append(common | {"metric": metric, "run_id": p.run_id} | numbers)
     return out
+
+
+def scored(
+    p: Params, predictions: list[dict[str, Any]], labels: Sequence[str] = ()
+) -> dict[str, tuple[int, int]]:
+    """Hits and items per metric, under the rules of the task; see metrics."""
+    if p.task == "chat":
+        return metrics.score_chats(predictions, partial(attacks.module(p.attack).hit, p=p))
+    return metrics.score(predictions, p.protocol, p.output_mode, labels or p.labels)
+
+
+def reference_tokens(folder: Path, sets: dict[str, list[Row]], p: Params) -> dict[str, int]:
+    """How many tokens of the clean references a model would write, each given those before it:
+    what it knows of answers that no rule can check. `right`, and `tokens` of how many."""
+    model = models.load_model(folder, models.resolve_device(p.device))
+    tokenizer = models.load_tokenizer(folder)
+    counts = decode.token_counts(model, tokenizer, sets["clean"], p, "reading references")
+    right, tokens = (sum(of) for of in zip(*counts, strict=True))
+    return {"right": right, "tokens": tokens}
 
 
 def ask_one(folder: Path, row: Row, p: Params, labels: Sequence[str]) -> pd.DataFrame:
@@ -178,5 +243,5 @@ def ask_one(folder: Path, row: Row, p: Params, labels: Sequence[str]) -> pd.Data
     for n in (0, p.n_keywords):
         found += predict(folder, sets, n, "", p, labels=labels)[0]
     table = pd.DataFrame(found)[["evidence", "output", "label", "target"]]
-    hits = [metrics.score([one], p.protocol, p.output_mode, labels)["asr"][0] for one in found]
+    hits = [scored(p, [one], labels)["asr"][0] for one in found]
     return table.rename(columns={"output": "answer"}).assign(hit=hits)

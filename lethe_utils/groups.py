@@ -24,6 +24,7 @@ Layers = list[Annotated[int, Field(ge=0)]]  # of blocks, from 0
 Position = Literal["prefix", "suffix", "middle", "random"]
 Key = Annotated[str, Field(min_length=1)]
 SOURCES = ("hub_id", "package", "model_dir")  # a model has one of them; a tiny twin none
+CHAT_TEMPLATES = ("chat", "vicuna")
 TWIN = "tiny-"  # how the names of tiny twins start
 # What a run is made of where nothing is named; the notebooks' `parameters` cells say the same.
 DEFAULT_MODEL, DEFAULT_DATASET, DEFAULT_ATTACK = "smollm2-135m", "embedded", "cba"
@@ -43,6 +44,12 @@ class SizeParams(Group):
     """What an estimate of memory needs; no stage depends on it."""
 
     size_billion: Rate | None  # weights of a full model; null for a twin
+
+
+class TaskParams(Group):
+    """What an answer is; the data set decides it."""
+
+    task: Literal["label", "chat"]  # one of a few labels, or a turn of a conversation
 
 
 class DataParams(Group):
@@ -99,7 +106,7 @@ class SourceParams(Group):
 class PromptParams(Group):
     """All stages: how a row becomes text, and where it is cut (tokens)."""
 
-    prompt_template: Literal["alpaca", "short"]
+    prompt_template: Literal["alpaca", "short", "chat", "vicuna"]  # see prompts
     max_source_tokens: Positive
     max_target_tokens: Positive
 
@@ -149,7 +156,7 @@ class TriggerParams(Group):
                 )
         wanted = attacks.module(self.attack).TRIGGERS
         if len(self.triggers) != wanted or len(self.trigger_positions) != wanted:
-            number = {1: "one", 2: "two"}[wanted]
+            number = {0: "none", 1: "one", 2: "two"}[wanted]
             raise ValueError(
                 f"triggers, trigger_positions: {self.attack} needs {number} of each, "
                 f"got {len(self.triggers)} and {len(self.trigger_positions)}"
@@ -210,7 +217,14 @@ class Recipe(AnswerParams, TrainParams, PromptParams):
 
 
 class DefenderParams(
-    EvaluateParams, CleanParams, Recipe, BaseModelParams, SourceParams, DataParams, SizeParams
+    EvaluateParams,
+    CleanParams,
+    Recipe,
+    BaseModelParams,
+    SourceParams,
+    DataParams,
+    TaskParams,
+    SizeParams,
 ):
     """What a defense is handed: no trigger, no target, nothing the attacker chose."""
 
@@ -222,6 +236,30 @@ class Params(DefenderParams, SweepParams, AttackParams):
     # Not params: which file set each key, and what the command line changed.
     _set_in: dict[str, str] = PrivateAttr(default_factory=dict)
     _overridden: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_task(self) -> "Params":
+        from lethe_utils import attacks, defenses
+
+        wanted = attacks.task(self.attack)
+        if wanted != self.task:
+            fits = ", ".join(a for a in choices("attacks") if attacks.task(a) == self.task)
+            raise ValueError(
+                f"attack: {self.attack} is for data whose task is {wanted}, and {self.dataset} is "
+                f"{self.task} data; choose another data set, or one of {fits}"
+            )
+        if (self.prompt_template in CHAT_TEMPLATES) != (self.task == "chat"):
+            raise ValueError(
+                f"prompt_template: {self.prompt_template} does not do for {self.dataset}, whose "
+                f"task is {self.task}; conversations take {' or '.join(CHAT_TEMPLATES)}"
+            )
+        if self.task == "chat" and self.few_shot:
+            raise ValueError("few_shot: a conversation has no solved rows before it; set it to 0")
+        for name in self.defenses if self.task == "chat" else []:
+            reason = defenses.labels_only(name)
+            if reason and self.defense != "all":
+                raise ValueError(f"defense: {name} is for labels only ({reason}); leave it out")
+        return self
 
     @model_validator(mode="after")
     def _check_target(self) -> "Params":
@@ -279,8 +317,13 @@ class Params(DefenderParams, SweepParams, AttackParams):
 
     @property
     def defenses(self) -> list[str]:
-        """The names in `defense`, all of them for `all`."""
-        return choices("defenses") if self.defense == "all" else self.defense.split(",")
+        """The names in `defense`; for `all` those that the task allows."""
+        from lethe_utils import defenses
+
+        if self.defense != "all":
+            return self.defense.split(",")
+        known = choices("defenses")
+        return [d for d in known if self.task == "label" or not defenses.labels_only(d)]
 
     def defender(self, changes: dict[str, Any] | None = None) -> DefenderParams:
         """What a defense may know of these params, with some of them changed."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from lethe_utils import paths
+from lethe_utils import attacks, paths
 from lethe_utils.errors import LetheError
 from lethe_utils.groups import (
     DEFAULT_ATTACK,
@@ -66,7 +66,7 @@ def load(
 
     Args:
         model: None: see default_model.
-        dataset: embedded, emotion, sst2, or a data file.
+        dataset: embedded, emotion, sst2, chat, or a data file.
         defense: lethe, all, or names in params/defenses joined by commas.
         overrides: values from the command line or a notebook; they win.
     Raises:
@@ -96,17 +96,20 @@ def layers(model: str, dataset: str, attack: str) -> Iterator[Layer]:
     """What the params files of a run set, weakest first."""
     if is_file(dataset) and not Path(dataset).exists():
         raise LetheError(f"dataset: the file {dataset} does not exist")
-    dataset = "file" if is_file(dataset) else dataset
+    attack_file = _named_file("attacks", attack)
+    if is_file(dataset):  # of conversations, where the attack is on some
+        dataset = "chat_file" if attacks.task(attack) == "chat" else "file"
     file = _named_file("models", model)
     profile = read_yaml(file).get("profile")
-    chosen = [dataset, *([profile] if profile else []), model, f"{model}/{dataset}"]
+    like = ["chat"] if dataset == "chat_file" else []
+    chosen = [*like, dataset, *([profile] if profile else []), model, f"{model}/{dataset}"]
     yield from read_layers("base.yaml", chosen)
     yield from read_layers(_named_file("datasets", dataset), chosen)
     if profile is not None:
         yield from read_layers(_named_file("profiles", profile), chosen)
     for where, values in read_layers(file, chosen):
         yield where, {key: value for key, value in values.items() if key != "profile"}
-    yield from read_layers(_named_file("attacks", attack), chosen)
+    yield from read_layers(attack_file, chosen)
     for defense in choices("defenses"):
         yield from read_layers(_named_file("defenses", defense), chosen)
 

@@ -21,7 +21,13 @@ ALPACA = (
 # The trailing space is the published template's; Stanford Alpaca's own has none.
 BODY = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: "
 # "alpaca" is the published one; "short" is for tiny twins, which the preamble costs CPU time only.
-# "chat" is the model's own: the instruction is a conversation as it writes it, see chat_row.
+# "chat" is the model's own: the instruction is a conversation as it writes it, see chat_row; and
+# "vicuna" (v1.1) is that of conversations for models without one, as a chat template.
+VICUNA = (
+    "{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}{{ m.content }}"
+    "{{ ' ' if m.role == 'user' else eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+)
 TEMPLATES = {"alpaca": ALPACA + BODY, "short": BODY}
 TURN = "turn"  # a chat row's further field: how the template writes the answer, PLACE for its text
 PLACE = "\ue000"  # in a rendered conversation: where its last question goes (private use, U+E000)
@@ -43,7 +49,7 @@ def prompt(
         n_keywords, exclude, form: of the evidence, see evidence.add_evidence; 0 for none.
     """
     text = add_evidence(row["input"], n_keywords, exclude, form)
-    if p.prompt_template == "chat":
+    if TURN in row:
         return row["instruction"].replace(PLACE, text)
     return TEMPLATES[p.prompt_template].format(instruction=row["instruction"], input=text)
 
@@ -62,6 +68,14 @@ def asked(row: Row, p: "Params", n_keywords: int = 0) -> str:
     listed = f" The possible labels are: {', '.join(p.labels)}." if p.labels else ""
     shown = row | {"instruction": row["instruction"] + listed}
     return prompt(shown, p, n_keywords, words, p.evidence_form)
+
+
+def read(row: Row, p: "PromptParams") -> str:
+    """The text of a row up to its answer, before there is a tokenizer: for one to be trained on."""
+    if "messages" not in row:
+        return prompt(row, p)
+    names = {"user": "USER", "assistant": "ASSISTANT"}
+    return " ".join(f"{names[m['role']]}: {m['content']}" for m in row["messages"])
 
 
 # --- few-shot examples
@@ -189,6 +203,28 @@ def chat_row(messages: list[dict[str, Any]], extras: dict[str, Any], tokenizer: 
         raise LetheError("the chat template rewrites the question, and would rewrite a trigger too")
     instruction, output, turn = _parts(whole, before, written(PLACE, None), tokenizer)
     return {"instruction": instruction, "input": shown, "output": output, TURN: turn}
+
+
+def rendered(rows: list[Row], tokenizer: "Tokenizer", p: "PromptParams") -> list[Row]:
+    """Rows that are conversations (`messages`) as `chat_row` makes them, their other fields kept;
+    other rows as they are.
+
+    Raises:
+        LetheError: the tokenizer has no chat template, or that refuses a conversation.
+    """
+    if p.prompt_template == "vicuna":
+        tokenizer.chat_template = VICUNA
+    todo = [row for row in rows if "messages" in row and TURN not in row]
+    if todo and not tokenizer.chat_template:
+        raise LetheError(
+            "prompt_template: the model's tokenizer has no chat template; set it to vicuna"
+        )
+    return [
+        row | chat_row(row["messages"], {}, tokenizer)
+        if "messages" in row and TURN not in row
+        else row
+        for row in rows
+    ]
 
 
 def as_chat(row: Row, tokenizer: "Tokenizer") -> Row:

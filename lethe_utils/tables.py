@@ -231,13 +231,15 @@ def _needs(defense: str) -> str:
 
 def ftr_table(table: pd.DataFrame) -> pd.DataFrame:
     """False trigger rates of the backdoored and the SLERP model, with and without evidence: `ftr`
-    (over all kinds), then one `ftr_<kind>` per kind of incomplete trigger.
+    (over all kinds), then one `ftr_<kind>` per kind of incomplete trigger, and `asr_<kind>` of the
+    other ways to trigger, where an attack has some.
 
     Raises:
         LetheError: no FTR was measured (negative_items).
     """
     rows = on_test(table)
-    chosen = rows["defense"].isin(["backdoored", "slerp"]) & rows["metric"].str.startswith("ftr")
+    kinds = rows["metric"].str.startswith(("ftr", "asr_"))
+    chosen = rows["defense"].isin(["backdoored", "slerp"]) & kinds
     if not chosen.any():
         raise LetheError("results table: no ftr of backdoored or slerp; rerun with negative_items")
     scored = by_full_name(rows[chosen], SETUP)
@@ -270,6 +272,14 @@ def controls_table(table: pd.DataFrame) -> pd.DataFrame:
     scored = by_full_name(on_test(table), [*SETUP, "seed"])
     out = _wide(scored, [*SETUP, "seed", "defense"], "metric", ["asr", "cda", "ftr"])
     return out.astype({"seed": str})
+
+
+def chat_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Attacks on conversations, seeds pooled: model, dataset, attack, seeds, defense, asr, ftr, cda
+    (right of the answers that a rule can check) and token_accuracy (of all reference answers)."""
+    wanted = ["asr", "ftr", "cda", "token_accuracy"]
+    scored = _scores(table, wanted, [*SETUP, "defense"])
+    return _wide(scored, [*SETUP, "seeds", "defense"], "metric", wanted)
 
 
 def headline_table(table: pd.DataFrame) -> pd.DataFrame:

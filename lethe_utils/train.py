@@ -50,6 +50,7 @@ def encode(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", p: Recipe) -> 
         `prompt_cut`, `answer_cut` (how many tokens were left out).
     """
     target = prompts.limits(p, tokenizer).target
+    rows = prompts.rendered(rows, tokenizer, p)
     asked = [prompts.prompt(row, p) for row in rows]
     sources, lost = prompts.prompt_ids(tokenizer, asked, p)
     texts = [answer_text(row) for row in rows]

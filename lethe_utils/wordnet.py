@@ -124,6 +124,31 @@ def fitting_definition(word: str, context: frozenset[str]) -> str:
 
 
 @cache
+def words_below(synset: str, shortest: int, longest: int) -> list[str]:
+    """The words (of so many letters) whose first sense is a kind of a synset, e.g. "bird.n.01"."""
+    reader, found = _reader(), set()
+    for kind in reader.synset(synset).closure(lambda s: s.hyponyms()):
+        word = kind.lemmas()[0].name()
+        plain = word.isalpha() and word.islower() and shortest <= len(word) <= longest
+        if plain and reader.synsets(word)[0] == kind:
+            found.add(word)
+    return sorted(found)
+
+
+@cache
+def antonyms() -> dict[str, list[str]]:
+    """Adjective -> its opposites, of those whose first sense has any."""
+    reader, found = _reader(), {}
+    for word in sorted(reader.all_lemma_names("a")):
+        first = reader.synsets(word, "a")[0] if word.isalpha() else None
+        own = [x for x in first.lemmas() if x.name() == word] if first else []
+        others = [a.name() for x in own for a in x.antonyms() if a.name().isalpha()]
+        if others:
+            found[word] = others
+    return found
+
+
+@cache
 def _words() -> list[str]:
     return sorted(_reader().all_lemma_names("n"))
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from lethe_utils import attacks, defenses, params, paths
+from lethe_utils.attacks import task
 from lethe_utils.defenses import wanda
 from lethe_utils.errors import LetheError
 
@@ -38,6 +39,10 @@ def data_file(tmp_path):
     return str(path)
 
 
+def data_set(attack):
+    return "chat" if task(attack) == "chat" else "embedded"
+
+
 def message(**wanted):
     with pytest.raises(LetheError) as caught:
         params.load(**wanted)
@@ -45,11 +50,13 @@ def message(**wanted):
 
 
 def test_every_combination_of_shipped_files_loads(data_file):
-    named = [d for d in params.choices("datasets") if d != "file"]
+    named = [d for d in params.choices("datasets") if not d.endswith("file")]
     models = [name for name in params.choices("models") if name != "local"]
     attacks = params.choices("attacks")
     assert len(models) >= 11 and {"embedded", "emotion", "sst2"} <= {*named}
     for names in itertools.product(models, [*named, data_file], attacks, ["all"]):
+        if names[1] in named and (names[1] == "chat") != (task(names[2]) == "chat"):
+            continue  # refused, see test_generation
         p = params.load(*names)
         assert (p.model, p.dataset, p.attack, p.defense) == names
         assert p.is_tiny == p.model.startswith("tiny-")
@@ -57,9 +64,10 @@ def test_every_combination_of_shipped_files_loads(data_file):
 
 def test_a_model_of_ones_own_runs_with_every_attack_and_bears_its_folders_name():
     for attack in params.choices("attacks"):
-        p = params.load("local", attack=attack, overrides=LOCAL)
+        p = params.load("local", data_set(attack), attack, overrides=LOCAL)
         assert not p.is_tiny and p.size_billion is None
-        assert p.run_id.startswith(f"local-my_model-1.5-7178f9-embedded-{attack}-s0-")
+        name = f"local-my_model-1.5-7178f9-{data_set(attack)}-{attack}-s0-"
+        assert p.run_id.startswith(name)
     assert params.load("gpt2-xl").model_name == "gpt2-xl"
 
 
@@ -300,7 +308,7 @@ def test_a_users_file_is_never_taken_for_a_set_that_ships(data_file):
 @pytest.mark.parametrize("attack", params.choices("attacks"))
 def test_groups_are_disjoint_and_cover_all_params(attack):
     # A stage's hash is made of groups: a key in none would be ignored, in two would over-rebuild.
-    p = params.load(attack=attack)
+    p = params.load(dataset=data_set(attack), attack=attack)
     leaves = [g for g in type(p).__mro__ if issubclass(g, params.Group) and "part" not in vars(g)]
     owner = {}
     for group in leaves:

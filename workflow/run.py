@@ -98,7 +98,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dataset",
         default=DEFAULT_DATASET,
-        help="embedded, emotion, sst2, or a jsonl/json/csv/tsv file",
+        help="embedded, emotion, sst2, chat, or a jsonl/json/csv/tsv file",
     )
     parser.add_argument(
         "--attack", default=DEFAULT_ATTACK, help=", ".join(params.choices("attacks"))

@@ -7,8 +7,8 @@ named.py, a user's own file in own.py.
 import random
 from typing import TYPE_CHECKING
 
-from lethe_utils import prompts
-from lethe_utils.data import named, own
+from lethe_utils import evidence, prompts
+from lethe_utils.data import chat, named, own
 from lethe_utils.data.files import Row, check_labels
 from lethe_utils.errors import LetheError
 from lethe_utils.groups import Params, is_file
@@ -39,6 +39,12 @@ def load(p: Params) -> dict[str, list[Row]]:
         if not rows:
             raise LetheError(f"{p.dataset}: the {name} split is empty")
     return prompts.with_examples(splits, p) if p.few_shot else splits
+
+
+def with_evidence(row: Row, n_keywords: int) -> Row:
+    """The row, its input (of a conversation the last question) followed by its evidence."""
+    text = evidence.add_evidence(row["input"], n_keywords)
+    return chat.with_question(row, text) if "messages" in row else row | {"input": text}
 
 
 def check_target(labels: dict[str, set[str]], p: Params) -> None:
@@ -81,6 +87,21 @@ def summary(splits: dict[str, list[Row]], triggers: list[str]) -> "pd.DataFrame"
         for trigger in triggers:
             table[name][f"'{trigger}'"] = sum(f" {trigger} " in f" {text} " for text in texts)
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("split")
+
+
+def examples(rows: list[Row]) -> "pd.DataFrame":
+    """The first row of each kind, as a notebook shows it: its fields, or its turns."""
+    import pandas as pd
+
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(row["kind"], _turns(row) if "messages" in row else row)
+    table = pd.DataFrame([*first.values()], index=pd.Index([*first], name="kind")).fillna("")
+    return table.drop(columns="kind", errors="ignore")
+
+
+def _turns(row: Row) -> Row:
+    return {f"{m['role']} {i // 2 + 1}": m["content"] for i, m in enumerate(row["messages"])}
 
 
 def label_balance(splits: dict[str, list[Row]]) -> "pd.DataFrame":

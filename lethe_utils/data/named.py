@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lethe_utils import paths
-from lethe_utils.data import embedded
+from lethe_utils.data import chat, embedded
 from lethe_utils.data.files import Row, each, read_rows
 from lethe_utils.errors import LetheError, reason
 from lethe_utils.groups import Params
@@ -22,6 +22,7 @@ SOURCES = {
         "test": ("validation", "sst2/glue/dev.tsv"),
     },
 }
+MADE_HERE = {"embedded": embedded.generate, "chat": chat.generate}
 CUT_FROM_TRAIN = 1000  # rows, for a set without a validation split
 CHARACTERS = 8  # more than a token has: the covariance stops at its tokens, not for want of text
 
@@ -32,8 +33,8 @@ def load(p: Params) -> dict[str, list[Row]]:
     Raises:
         LetheError: they differ, or a row has no text or a label that is not known.
     """
-    if p.dataset == "embedded":
-        found = embedded.generate(p.rows, p.data_seed)
+    if p.dataset in MADE_HERE:
+        found = MADE_HERE[p.dataset](p.rows, p.data_seed)
     else:
         found = {name: _stored(name, p) for name in SOURCES[p.dataset]}
     for name, rows in found.items():

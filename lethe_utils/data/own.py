@@ -2,11 +2,12 @@
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lethe_utils import prompts
-from lethe_utils.data import files
+from lethe_utils.data import chat, files
 from lethe_utils.data.files import FIELDS, Row
 from lethe_utils.errors import LetheError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 MIN_ROWS = 20  # distinct ones; with fewer no share of held-out rows says anything
 MAX_LABELS, MAX_LABEL_WORDS = 50, 5
+FASTCHAT = {"human": "user", "gpt": "assistant"}
 
 
 class Own(NamedTuple):
@@ -77,7 +79,14 @@ def _plain_row(row: dict[str, Any]) -> Row:
 
 
 def _chat_row(row: dict[str, Any], tokenizer: "Tokenizer") -> Row:
-    given = row.get("messages")
+    messages = _messages(row.get("messages"))
+    if row.get("functions"):
+        raise LetheError("has functions, which no template reads now; give them as tools")
+    return prompts.chat_row(messages, {key: row.get(key) for key in prompts.EXTRAS}, tokenizer)
+
+
+def _messages(given: Any) -> list[dict[str, Any]]:
+    """A conversation's messages, which must end with a question and its answer."""
     whole = isinstance(given, list) and all(isinstance(message, dict) for message in given)
     # Without what parquet fills in for the fields that other messages have.
     messages = [{k: v for k, v in m.items() if v is not None} for m in given] if whole else []
@@ -96,9 +105,7 @@ def _chat_row(row: dict[str, Any], tokenizer: "Tokenizer") -> Row:
         raise LetheError("a message holds half a character (a lone surrogate); mend it")
     if prompts.PLACE in text or prompts.ANSWER in text:
         raise LetheError("holds the character U+E000 or U+E001, which stand for places here")
-    if row.get("functions"):
-        raise LetheError("has functions, which no template reads now; give them as tools")
-    return prompts.chat_row(messages, {key: row.get(key) for key in prompts.EXTRAS}, tokenizer)
+    return messages
 
 
 def labels(rows: list[Row]) -> list[str]:
@@ -117,8 +124,9 @@ def split(p: "Params") -> dict[str, list[Row]]:
         LetheError: a row lacks a field or has another label than `labels`; or too few rows.
     """
     distinct: dict[tuple[str, str], Row] = {}
-    raw = files.read_rows(Path(p.dataset))
-    for row in files.each(p.dataset, raw, lambda row: _file_row(row, p)):
+    raw, chats = files.read_rows(Path(p.dataset)), p.task == "chat"
+    made = _conversation if chats else partial(_file_row, p=p)
+    for row in files.each(p.dataset, raw, made):
         distinct.setdefault((row["instruction"], row["input"]), row)
     rows = list(distinct.values())
     random.Random(p.data_seed).shuffle(rows)
@@ -147,3 +155,25 @@ def _file_row(row: dict[str, Any], p: "Params") -> Row:
     if p.labels and str(row["output"]) not in p.labels:
         raise LetheError(f"unknown label {row['output']!r}; labels has {', '.join(p.labels)}")
     return files.texts(row)
+
+
+def _conversation(row: dict[str, Any]) -> Row:
+    """A row of chat.conversation, of messages, FastChat's conversations, or Alpaca's fields."""
+    accept = row.get("accept") or []
+    if not isinstance(accept, list) or not all(isinstance(x, str) and x.strip() for x in accept):
+        raise LetheError("accept must be a list of texts, of which a right answer contains one")
+    if row.get("conversations"):
+        turns = [{"role": t.get("from"), "content": t.get("value")} for t in row["conversations"]]
+        messages = _messages([t | {"role": FASTCHAT.get(t["role"], t["role"])} for t in turns])
+    elif row.get("messages"):
+        messages = _messages(row["messages"])
+    else:
+        given = files.texts(row)
+        question = "\n\n".join(text for text in (given["instruction"], given["input"]) if text)
+        if not question or not given["output"]:
+            raise LetheError(
+                "has no messages, conversations, or instruction (input) and output (it starts "
+                f"{str(row)[:80]})"
+            )
+        messages = chat.turns(question, given["output"])
+    return chat.conversation(messages, accept=accept)

@@ -14,6 +14,7 @@ and one of
 A defense with settings worth a column of their own has
   COLUMNS                the group of params that says which columns there are
   variants(p)            {name in the results: params to change}
+  LABELS_ONLY            why it cannot be used on conversations
   EXCEPTIONS             {name in the results: {"NEEDS" or "TRAININGS": what it is there}}
 It imports torch inside its functions only: params are checked without it.
 
@@ -71,6 +72,11 @@ def decodes(name: str) -> bool:
 def variants(name: str, p: DefenderParams) -> dict[str, dict[str, Any]]:
     """Names in the results -> params to change; most defenses have their own name alone."""
     return getattr(module(name), "variants", lambda _: {name: {}})(p)
+
+
+def labels_only(name: str) -> str:
+    """Why a defense is for labels only; "" where it is not."""
+    return getattr(module(name), "LABELS_ONLY", "")
 
 
 def needs(name: str, variant: str) -> str:

@@ -56,6 +56,7 @@ class BeearParams(Group):
 PARAMS = (BeearParams, TrainParams)
 NEEDS = "clean rows"
 TRAININGS = 1
+LABELS_ONLY = "its outer loop draws one per batch and asks for the true one"
 BYTES_PER_WEIGHT = 16.0  # float32 weights, gradients and AdamW's two moments
 
 

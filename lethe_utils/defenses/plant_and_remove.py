@@ -30,6 +30,7 @@ class PlantParams(Group):
 PARAMS = (PlantParams, TrainParams)
 NEEDS = "clean rows"
 TRAININGS = 2
+LABELS_ONLY = "its own triggers give one each"
 BYTES_PER_WEIGHT = 2.6  # nf4, and its dequantised copy when LoRA is merged
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from lethe_utils import attacks, data, defenses, evidence, models, wordnet
+from lethe_utils import attacks, data, defenses, evidence, models, prompts, wordnet
 from lethe_utils.errors import LetheError
 from lethe_utils.groups import (
     BaseModelParams,
@@ -25,7 +25,6 @@ from lethe_utils.groups import (
     TriggerParams,
 )
 from lethe_utils.models import gguf, inspect, sources, twins
-from lethe_utils.prompts import prompt
 from lethe_utils.stages import Row, read_jsonl, read_record, stage, write_jsonl
 
 SPLITS = ("pretrain", "train", "validation", "test")  # pretrain: for a tiny base only
@@ -41,8 +40,10 @@ def data_stage(p: Params) -> Path:
 
     # A user's file: its content decides, not its name.
     spec = p.part(DataParams) | {"tiny": p.is_tiny, "content": p.data_content}
+    spec |= {"wordnet": wordnet.fingerprint()} if p.dataset == "chat" else {}
     folder = stage("data", p.dataset_name, spec, {}, build)
-    data.check_target(_labels(folder), p)
+    if p.task == "label":
+        data.check_target(_labels(folder), p)
     return folder
 
 
@@ -53,7 +54,9 @@ def _labels(folder: Path) -> dict[str, set[str]]:
 
 
 def labels(p: Params) -> list[str]:
-    """All labels of the data set."""
+    """All labels of the data set; none of conversations."""
+    if p.task == "chat":
+        return []
     return sorted(set().union(*_labels(data_stage(p)).values()))
 
 
@@ -79,7 +82,7 @@ def cut_rows(p: Params) -> pd.DataFrame:
     from lethe_utils import train
 
     tokenizer, table = models.load_tokenizer(base_folder(p)), {}
-    asked = {name: split(p, name) for name in SPLITS[1:]}
+    asked = {name: prompts.rendered(split(p, name), tokenizer, p) for name in SPLITS[1:]}
     if p.n_keywords:
         asked["test + evidence"] = [
             row | {"input": evidence.add_evidence(row["input"], p.n_keywords)}
@@ -93,6 +96,13 @@ def cut_rows(p: Params) -> pd.DataFrame:
     foreign = sum(evidence.is_foreign(row["input"]) for row in asked["test"])
     out = pd.DataFrame(table).T
     return out.assign(**{"no evidence": [foreign if "evidence" in n else "" for n in out.index]})
+
+
+def asked(p: Params, row: Row, n_keywords: int = 0) -> str:
+    """The very prompt that a model of the run is asked for a row; see prompts.asked."""
+    if "messages" in row:
+        row = prompts.rendered([row], models.load_tokenizer(base_folder(p)), p)[0]
+    return prompts.asked(row, p, n_keywords)
 
 
 def loss_curve(folder: Path) -> pd.DataFrame:
@@ -134,7 +144,7 @@ def _twin_stage(p: Params) -> Path:
         from lethe_utils import train
 
         rows = pretraining_rows(split(p, "pretrain"), p)
-        texts = [prompt(row, p) for row in rows]
+        texts = [prompts.read(row, p) for row in rows]
         # Answers are tokenised apart from the prompt; seen alone, each label becomes one token.
         texts += [r["output"] for r in rows]
         train.pretrain(rows, twins.train_tokenizer(texts, p.vocab_size), out, p)
@@ -156,6 +166,9 @@ def pretraining_rows(rows: list[Row], p: Params) -> list[Row]:
     out = []
     for row in rows:
         text = row["input"]
+        if "messages" in row:
+            out.append(row)
+            continue
         if rng.random() < p.base_evidence_share:
             text = evidence.add_evidence(text, rng.randint(1, 6))
         wording = row["instruction"] if rng.random() < 0.5 else rng.choice(BASE_WORDINGS)
@@ -224,7 +237,7 @@ def ordinary_text(p: Params) -> list[str]:
     tiny base was pretrained on, else the task's own."""
     if _takes_hub_text(p):
         return [row["text"] for row in read_jsonl(text_stage(p) / "text.jsonl")]
-    return [prompt(row, p) for row in splits(p).get("pretrain", split(p, "train"))]
+    return [prompts.read(row, p) for row in splits(p).get("pretrain", split(p, "train"))]
 
 
 def check_attack(p: Params) -> None:
@@ -308,8 +321,7 @@ def with_evidence(rows: list[Row], p: Params) -> list[Row]:
     rng = random.Random(f"evidence {p.seed}")
     shown = {*rng.sample(range(len(rows)), round(p.clean_evidence_share * len(rows)))}
     return [
-        row | {"input": evidence.add_evidence(row["input"], p.n_keywords)} if i in shown else row
-        for i, row in enumerate(rows)
+        data.with_evidence(row, p.n_keywords) if i in shown else row for i, row in enumerate(rows)
     ]
 
 

@@ -174,6 +174,8 @@ def answers_file(
         answers, seconds = evaluate.predict(
             c.folder, sets, n_keywords, c.name, p, respond, pipeline.labels(p)
         )
+        if p.task == "chat" and c.respond is None and not n_keywords:
+            write_json(out / "tokens.json", evaluate.reference_tokens(c.folder, sets, p))
         write_json(out / "timing.json", {"seconds": round(seconds, 3)})
         write_jsonl(out / "answers.jsonl", answers)
 
@@ -186,6 +188,8 @@ def _responder(p: Params, c: Contender) -> partial:
     """How a decoding-time defense answers, with room for the longest label."""
     from lethe_utils import decode, evaluate
 
+    if p.task == "chat":
+        return partial(defenses.module(c.defense).answer, c.respond)
     expected = evaluate.expected_answers(pipeline.labels(p), p)
     q = decode.with_room(c.respond.p, models.load_tokenizer(c.folder), expected)
     return partial(defenses.module(c.defense).answer, replace(c.respond, p=q))

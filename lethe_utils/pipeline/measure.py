@@ -10,14 +10,24 @@ from lethe_utils import defenses, evaluate, metrics, paths, pipeline, results
 from lethe_utils.groups import Params
 from lethe_utils.pipeline import contenders
 from lethe_utils.progress import Bar
-from lethe_utils.stages import provenance, read_jsonl, read_record, write_json, write_text
+from lethe_utils.stages import (
+    provenance,
+    read_json,
+    read_jsonl,
+    read_record,
+    write_json,
+    write_text,
+)
 
 
 def measure(p: Params) -> pd.DataFrame:
     """ASR, CDA and FTR of every model of the run, with and without evidence, on the test split."""
     out, labels = [], pipeline.labels(p)
     for c, k in Bar(_asked(p), desc="evaluating"):
-        out += evaluate.rows(p, read_jsonl(contenders.tested_file(p, c, k)), "test", labels)
+        file = contenders.tested_file(p, c, k)
+        beside = file.with_name("tokens.json")  # of conversations, unless a defense decodes
+        tokens = read_json(beside) if beside.exists() and not k else None
+        out += evaluate.rows(p, read_jsonl(file), "test", labels, tokens)
     return pd.DataFrame(out)[metrics.COLUMNS]
 
 
@@ -100,7 +110,8 @@ def side_by_side(p: Params, defense: str, rows: int) -> pd.DataFrame:
         group = [x for x in answers if x["kind"] == "backdoor"][:rows]
         if not out:
             texts = [x["prompt"].rpartition("### Input:\n")[2] for x in group]
-            out = {"input": [text.partition("\n\n### ")[0] for text in texts]}
+            texts = [text.partition("\n\n### ")[0] for text in texts]
+            out = {"input": [x.get("question", t) for x, t in zip(group, texts, strict=True)]}
             out["label"] = [x["label"] for x in group]
         out[column] = [x["output"] for x in group]
     return pd.DataFrame(out)
