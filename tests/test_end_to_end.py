@@ -9,12 +9,13 @@ import time
 import pandas as pd
 import psutil
 import pytest
+import yaml
 
 from lethe_utils import defenses, metrics, params, paths
 from lethe_utils.stages import read_jsonl
 
 sys.path.insert(0, str(paths.root() / "workflow"))
-import run  # noqa: E402
+import dag  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -215,8 +216,8 @@ def test_a_changed_param_reruns_the_notebooks_but_no_finished_stage(finished, mo
     # What run.py writes there after somebody edited params/ or the data file.
     resolved = folder / "resolved.yaml"
     resolved.write_text(resolved.read_text() + "changed: true\n")
-    with (folder / ".lock").open("w") as lock:
-        assert run.snakemake(folder, 2, lock.fileno()) is False
+    environment = dag.environment(folder)
+    assert subprocess.run(dag.command(2), env=environment, capture_output=True).returncode == 0
     assert all(f.stat().st_mtime_ns > at for f, at in notebooks.items())
     assert {f: f.stat().st_mtime_ns for f in runs.glob("stages/*/*/stage.json")} == stages
 
@@ -250,3 +251,23 @@ def test_killed_in_02_and_05_then_resumed_gives_the_same_numbers(finished, tmp_p
     for name in ("results.csv", "sweeps.csv"):
         whole = (finished[0] / "latest" / name).read_text()
         assert (runs / "latest" / name).read_text() == whole
+
+
+def test_runs_of_one_dag_share_what_the_first_builds(tmp_path, monkeypatch):
+    monkeypatch.setenv("LETHE_RUNS", str(tmp_path))
+    changes = {key: yaml.safe_load(value) for key, value in PICO.items()}
+    changes |= {"merge_methods": ["slerp"], "strengths_sweep": [], "clean_ratios_sweep": []}
+    names = {"model": "tiny-gpt2", "dataset": "embedded", "defense": "lethe"}
+    runs = [dag.load(names | {"attack": attack}, changes) for attack in ("cba", "lwp")]
+    assert dag.execute(runs, 2, tmp_path / "log") == {}
+    assert all(run.finished(step) for run in runs for step in dag.STEPS)
+    made = {
+        kind: len([*tmp_path.glob(f"stages/{kind}/*/stage.json")]) for kind in ("base", "clean")
+    }
+    assert made == {"base": 1, "clean": 1}
+    assert len([*tmp_path.glob("stages/backdoored/*/stage.json")]) == 2
+    # Of what both need, the second run's notebook started when the first one's had ended.
+    first, second = (run.folder for run in runs)
+    assert (second / "notebooks/03_clean_train.log").stat().st_mtime_ns > (
+        first / "done/03_clean_train"
+    ).stat().st_mtime_ns

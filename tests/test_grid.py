@@ -1,6 +1,6 @@
 """The grid: cells become runs that share what can be shared, and a failed run stops no other."""
 
-import subprocess
+import fcntl
 import sys
 
 import pandas as pd
@@ -10,6 +10,7 @@ from lethe_utils import attacks, params, paths
 from lethe_utils.errors import LetheError
 
 sys.path.insert(0, str(paths.root() / "workflow"))
+import dag  # noqa: E402
 import grid  # noqa: E402
 
 EVERYTHING = {"model": None, "dataset": None, "attack": None}
@@ -17,17 +18,17 @@ EVERYTHING = {"model": None, "dataset": None, "attack": None}
 
 def test_table_2_has_three_twins_every_attack_both_data_sets_and_all_defenses():
     runs = grid.read("table2-tiny", EVERYTHING)
-    assert {r.model for r in runs} == {"tiny-gpt2", "tiny-llama2", "tiny-qwen2"}
+    assert {r.p.model for r in runs} == {"tiny-gpt2", "tiny-llama2", "tiny-qwen2"}
     on_labels = {a for a in params.choices("attacks") if attacks.task(a) == "label"}
-    assert {r.attack for r in runs} == on_labels
-    assert {r.dataset for r in runs} == {"embedded", "sst2"}
-    assert {r.defense for r in runs} == {"all"} and len(runs) == 3 * 5 * 2
-    assert len({r.params.run_id for r in runs}) == len(runs)
+    assert {r.p.attack for r in runs} == on_labels
+    assert {r.p.dataset for r in runs} == {"embedded", "sst2"}
+    assert {r.p.defense for r in runs} == {"all"} and len(runs) == 3 * 5 * 2
+    assert len({r.name for r in runs}) == len(runs)
 
 
 def test_only_the_cells_that_were_asked_for():
     runs = grid.read("table2-tiny", EVERYTHING | {"attack": "cba", "model": "tiny-gpt2"})
-    assert [(r.model, r.dataset, r.attack) for r in runs] == [
+    assert [(r.p.model, r.p.dataset, r.p.attack) for r in runs] == [
         ("tiny-gpt2", "sst2", "cba"),
         ("tiny-gpt2", "embedded", "cba"),
     ]
@@ -43,9 +44,8 @@ def cells(monkeypatch, tmp_path):
 
     def write(*lines):
         table = pd.DataFrame(lines, columns=grid.COLUMNS)
-        (tmp_path / "grids").mkdir(exist_ok=True)
-        table.to_csv(tmp_path / "grids" / "mine.csv", index=False)
-        monkeypatch.setattr(paths, "params_dir", lambda: tmp_path)
+        table.to_csv(tmp_path / "mine.csv", index=False)
+        monkeypatch.setattr(grid, "lists", lambda: tmp_path)
         return grid.read("mine", EVERYTHING)
 
     return write
@@ -59,20 +59,27 @@ def test_cells_of_one_backdoored_model_are_one_run(cells):
         ["tiny-gpt2", "embedded", "lwp", "all", 0],
         ["tiny-gpt2", "embedded", "lwp", "nad", 0],
     )
-    assert [(r.attack, r.seed, r.defense) for r in runs] == [
+    assert [(r.p.attack, r.p.seed, r.p.defense) for r in runs] == [
         ("cba", 0, "nad,wanda"),
         ("cba", 1, "nad"),
         ("lwp", 0, "all"),
     ]
 
 
+def runs_of(*lines):
+    return [
+        dag.load(dict(zip(dag.NAMES, line[:4], strict=True)), {"seed": line[4]} | grid.NO_SWEEPS)
+        for line in lines
+    ]
+
+
 def test_trainings_are_counted_with_and_without_sharing():
-    line = ["tiny-gpt2", "embedded", "cba", 0]
+    line = ["tiny-gpt2", "embedded"]
     # Wanda trains nothing and needs no clean model; F/T trains once; temperature decodes.
-    runs = [grid.Run(*line, "wanda,finetune,temperature")]
+    runs = runs_of([*line, "cba", "wanda,finetune,temperature", 0])
     # Shared: base, clean, backdoored, F/T. Alone: three times two, and F/T.
     assert grid.trainings(runs) == "4 trainings (one for each cell by itself: 7)"
-    second = [*runs, grid.Run("tiny-gpt2", "embedded", "lwp", 0, "finetune")]
+    second = runs + runs_of([*line, "lwp", "finetune", 0])
     assert grid.trainings(second) == "6 trainings (one for each cell by itself: 10)"
 
 
@@ -82,53 +89,72 @@ def test_table_2_trains_less_than_half_of_the_naive_count():
     assert 0 < run <= naive / 2
 
 
-def test_runs_side_by_side_fit_cores_and_memory(monkeypatch):
-    memory = type("Memory", (), {"available": 5 * 2**30})
-    monkeypatch.setattr(grid.psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr("lethe_utils.models.resolve_device", lambda _: "cpu")
-    assert (grid.parallel(1), grid.parallel(8)) == (1, 2)
-    memory.available = 0
-    assert grid.parallel(8) == 1
-    monkeypatch.setattr("lethe_utils.models.resolve_device", lambda _: "cuda")
-    assert grid.parallel(8) == 1
+def test_what_runs_share_is_built_by_the_first_and_the_others_wait_for_it():
+    line = ["tiny-gpt2", "embedded"]
+    first, other_attack, other_seed, other_data = runs_of(
+        [*line, "cba", "lethe", 0],
+        [*line, "lwp", "lethe", 0],
+        [*line, "cba", "lethe", 1],
+        ["tiny-gpt2", "emotion", "cba", "lethe", 0],
+    )
+    plan = dag.plan([first, other_attack, other_seed, other_data], 2, 10_000)
+    assert plan["after"] == {
+        other_attack.name: {"01_data": first.name, "03_clean_train": first.name},
+        other_seed.name: {"01_data": first.name},
+    }
+    again = runs_of([*line, "cba", "wanda", 0])[0]
+    shared = ("01_data", "02_backdoor_train", "03_clean_train")
+    assert dag.plan([first, again], 2, 10_000)["after"] == {
+        again.name: dict.fromkeys(shared, first.name)
+    }
+    assert dag.plan([first], 2, 10_000)["after"] == {}
 
 
-def fake(monkeypatch, script):
-    """Runs whose command is a line of Python."""
-    command = property(lambda run: [sys.executable, "-c", script, run.attack])
-    monkeypatch.setattr(grid.Run, "command", command)
+def test_notebooks_side_by_side_fit_cores_and_memory():
+    twins = runs_of(
+        ["tiny-gpt2", "embedded", "cba", "lethe", 0], ["tiny-gpt2", "embedded", "lwp", "lethe", 0]
+    )
+    real = runs_of(["smollm2-135m", "embedded", "cba", "lethe", 0])
+    both = dag.plan(twins, 8, 10_000)["runs"].values()
+    assert [(n["threads"], n["mem_mb"], n["gpu"]) for n in both] == [(1, 2048, 0)] * 2
+    (alone,) = dag.plan(real, 8, 10_000)["runs"].values()
+    assert alone["threads"] == 8 and 5000 < alone["mem_mb"] < 10_000 and alone["gpu"] == 1
+    (tight,) = dag.plan(real, 8, 3000)["runs"].values()
+    assert tight["mem_mb"] == 3000
+    assert dag.memory(runs_of(["llama-7b", "emotion", "cba", "lethe", 0])[0].p) < 80_000
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(monkeypatch, tmp_path):
-    fake(
-        monkeypatch,
-        "import sys, pathlib\n"
-        "if sys.argv[1] == 'rome': sys.exit('error: no disk')\n"
-        f"pathlib.Path(r'{tmp_path}', sys.argv[1]).touch()",
+    monkeypatch.setenv("LETHE_RUNS", str(tmp_path))
+    runs = runs_of(
+        ["tiny-gpt2", "embedded", "cba", "lethe", 0], ["tiny-gpt2", "embedded", "lwp", "lethe", 0]
     )
-    runs = [grid.Run("tiny-gpt2", "embedded", a, 0, "lethe") for a in ("rome", "cba", "lwp")]
-    failed = grid.run_all(runs, 2, tmp_path / "logs")
-    assert failed == [f"{runs[0].params.run_id}: error: no disk"]
-    assert (tmp_path / "cba").exists() and (tmp_path / "lwp").exists()
-
-
-def test_a_run_left_over_from_a_killed_grid_is_waited_for(monkeypatch, tmp_path):
-    fake(
-        monkeypatch,
-        f"import sys, pathlib\nseen = pathlib.Path(r'{tmp_path}', 'seen')\n"
-        f"if not seen.exists(): seen.touch(); sys.exit('error: {grid.BUSY}; wait for it')",
+    script = (
+        "import json, os, pathlib, sys\n"
+        "runs = [*json.loads(pathlib.Path(os.environ['LETHE_PLAN']).read_text())['runs']]\n"
+        "bad, good = (pathlib.Path(sys.argv[1], name) for name in runs)\n"
+        "for folder in (bad, good):\n"
+        "    (folder / 'done').mkdir(); (folder / 'notebooks').mkdir()\n"
+        f"for step in {dag.STEPS}: (good / 'done' / step).touch()\n"
+        "(bad / 'notebooks/01_data.log').write_text('LetheError: no disk: full')\n"
+        "sys.exit(1)"
     )
-    slept = []
-    monkeypatch.setattr(grid.time, "sleep", slept.append)
-    run = grid.Run("tiny-gpt2", "embedded", "cba", 0, "lethe")
-    assert grid.finish(run, tmp_path) == "" and slept == [10]
+    fake = [sys.executable, "-c", script, str(tmp_path)]
+    monkeypatch.setattr(dag, "command", lambda _: fake)
+    failed = dag.execute(runs, 2, tmp_path / "log")
+    assert (
+        list(failed) == [runs[0].name] and "01_data failed: no disk: full" in failed[runs[0].name]
+    )
 
 
-def test_the_command_is_the_front_doors_and_gives_the_same_run():
-    run = grid.Run("tiny-qwen2", "embedded", "lwp", 2, "nad,wanda")
-    done = subprocess.run([*run.command, "--dry-run"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"run {run.params.run_id} -> " in done.stdout
+def test_a_run_that_another_process_works_on_is_not_started(monkeypatch, tmp_path):
+    monkeypatch.setenv("LETHE_RUNS", str(tmp_path))
+    (run,) = runs_of(["tiny-gpt2", "embedded", "cba", "lethe", 0])
+    run.folder.mkdir(parents=True)
+    with (run.folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(LetheError, match="another process is working on this run"):
+            dag.execute([run], 1, tmp_path / "log")
 
 
 def test_a_dry_run_of_the_grid_counts_and_lists(capsys):

@@ -12,12 +12,15 @@ import yaml
 from packaging.specifiers import SpecifierSet
 
 from lethe_utils import params, paths
+from lethe_utils.stages import write_json
 
 sys.path.insert(0, str(paths.root() / "workflow"))
 import check_pins  # noqa: E402
+import dag  # noqa: E402
 import get_pip  # noqa: E402
-import run  # noqa: E402
 from values import parse_value  # noqa: E402
+
+CBA = {"model": "tiny-gpt2", "dataset": "embedded", "attack": "cba", "defense": "lethe"}
 
 
 def front_door(*words, **env):
@@ -119,7 +122,7 @@ def test_dry_run_shows_the_params_and_runs_nothing():
     done = front_door("tiny-qwen2", "-p", "seed", "3", "--dry-run")
     assert done.returncode == 0
     assert "run tiny-qwen2-embedded-cba-s3" in done.stdout and "n_kv_heads: 2" in done.stdout
-    assert done.stdout.count("to do") == len(run.STEPS)
+    assert done.stdout.count("to do") == len(dag.STEPS)
     assert not paths.runs_dir().exists()
 
 
@@ -175,7 +178,7 @@ def test_progress_is_read_from_a_notebook_log(tmp_path):
     (tmp_path / "notebooks/02_backdoor_train.log").write_text(
         "x\rtraining backdoored:  12%|█▏  | 130/1100 [00:15<01:50,  8.79it/s]"
     )
-    assert run.last_bar(tmp_path, "02_backdoor_train") == "training backdoored 12%, 01:50 left"
+    assert dag.last_bar(tmp_path, "02_backdoor_train") == "training backdoored 12%, 01:50 left"
 
 
 def test_a_failed_notebook_is_explained_in_one_line(tmp_path):
@@ -183,7 +186,9 @@ def test_a_failed_notebook_is_explained_in_one_line(tmp_path):
     (tmp_path / "notebooks/01_data.log").write_text(
         "Traceback ...\nlethe_utils.errors.LetheError: data.jsonl: line 3 is not valid JSON\n"
     )
-    assert run.explain_failure(tmp_path).startswith("01_data failed: data.jsonl: line 3 is not")
+    assert dag.explain_failure(tmp_path, tmp_path).startswith(
+        "01_data failed: data.jsonl: line 3 is not"
+    )
 
 
 def run_all(door, *words):
@@ -211,21 +216,17 @@ def test_the_front_door_works_through_a_link_and_a_link_to_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["runs #2", "c++ {x}", "a@b 'c' \"d\""])
-def test_snakemake_finds_the_notebooks_whatever_the_folders_are_called(tmp_path, name):
-    root, folder = tmp_path / name, tmp_path / name / "runs" / "one"
-    folder.mkdir(parents=True)
+def test_snakemake_finds_the_notebooks_whatever_the_folders_are_called(tmp_path, name, monkeypatch):
+    root, runs = tmp_path / name, tmp_path / name / "runs"
+    monkeypatch.setenv("LETHE_RUNS", str(runs))
+    one = dag.load(CBA, {})
+    one.folder.mkdir(parents=True)
     (root / "notebooks").symlink_to(paths.root() / "notebooks")
     for file in ("params.yaml", "resolved.yaml"):
-        (folder / file).touch()
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--snakefile",
-        paths.root() / "workflow/Snakefile",
-    ]
-    command += ["--directory", folder, "--cores", "1", "-n", "-p"]
-    environment = run.environment() | {"LETHE_ROOT": str(root)}
+        (one.folder / file).touch()
+    write_json(runs / dag.PLAN, dag.plan([one], 1, 4096))
+    environment = dag.environment(runs) | {"LETHE_ROOT": str(root)}
+    command = dag.command(1, "-n", "-p")
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     escaped = shlex.quote(

@@ -8,32 +8,18 @@ python workflow/run.py purify --suspect DIR --base DIR --clean-data FILE --out D
 """
 
 import argparse
-import fcntl
 import os
-import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import dag
 import grid
 import values
-import yaml
 
 from lethe_utils import defenses, params, paths
 from lethe_utils.errors import LetheError
 from lethe_utils.groups import DEFAULT_ATTACK, DEFAULT_DATASET, DEFAULT_DEFENSE, SOURCES
-
-STEPS = [
-    "01_data",
-    "02_backdoor_train",
-    "03_clean_train",
-    "04_merge",
-    "05_evidence_eval",
-    "06_tables",
-]
-RESOLVED = "resolved.yaml"  # every param of a run, to see whether it is up to date
-
 
 FOLDERS = ("LETHE_RUNS", "LETHE_DATA_DIR", "LETHE_CACHE")
 
@@ -110,7 +96,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     )
     values.add_option(parser, "params/base.yaml, e.g. -p seed 1 -p poison_ratio 0.05")
     parser.add_argument("--dry-run", action="store_true", help="check and show, run nothing")
-    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="CPU cores to use")
+    dag.add_options(parser)
     args = parser.parse_args(words)
     args.model = args.model or ("local" if args.model_dir else params.default_model())
     return args
@@ -132,33 +118,15 @@ def run(args: argparse.Namespace) -> int:
         dataset = str(Path(dataset).resolve())
     overrides = values.overrides(params.run_schema(args.attack), args.p)
     overrides |= source(args.model_dir, overrides)
-    p = params.load(args.model, dataset, args.attack, args.defense, overrides)
-    names = {
-        "model": args.model,
-        "dataset": dataset,
-        "attack": args.attack,
-        "defense": args.defense,
-    }
-    # A changed params file, or data file, makes the run's notebooks out of date.
-    resolved = yaml.safe_dump(p.model_dump() | {"data_content": p.data_content})
-    folder = paths.run_dir(p.run_id)
+    names = dict(zip(dag.NAMES, (args.model, dataset, args.attack, args.defense), strict=True))
+    run = dag.load(names, overrides)
     if args.dry_run:
-        return show(p, folder, resolved)
-    check(p)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LetheError(
-                f"{folder}: another process is working on this run; wait for it"
-            ) from None
-        write_changed(folder / "params.yaml", yaml.safe_dump(names | overrides, sort_keys=False))
-        write_changed(folder / RESOLVED, resolved)
-        failed = snakemake(folder, args.cores, lock.fileno())
+        return show(run)
+    check(run.p)
+    failed = dag.execute([run], args.cores, run.folder)
     if failed:
-        raise LetheError(explain_failure(folder))
-    report(folder)
+        raise LetheError(failed[run.name])
+    report(run.folder)
     return 0
 
 
@@ -174,100 +142,6 @@ def check(p: params.Params) -> None:
         pipeline.base_folder(p)
         print(f"{pipeline.cut_rows(p).to_string()}\n", flush=True)
     pipeline.check_attack(p)
-
-
-def write_changed(path: Path, text: str) -> None:
-    """Write a file, but leave it alone when unchanged, so that nothing reruns."""
-    if not path.exists() or path.read_text("utf8") != text:
-        path.write_text(text, "utf8")
-
-
-def environment() -> dict[str, str]:
-    """papermill and its kernel come from this Python's environment, active or not."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    # The Snakefile reads LETHE_ROOT: given as --config, Snakemake would drop all after a ` #`.
-    return os.environ | {"PATH": path, "LETHE_ROOT": str(paths.root())}
-
-
-def snakemake(folder: Path, cores: int, lock: int) -> bool:
-    """Run the workflow with one status line. Returns True when a notebook failed.
-
-    Args:
-        lock: descriptor of the run's lock. Snakemake holds it too, so that a run whose front door
-            alone was killed is not started a second time beside itself.
-    """
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "--snakefile",
-        paths.root() / "workflow/Snakefile",
-    ]
-    command += ["--directory", folder, "--cores", str(cores)]
-    command += ["--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input"]
-    locks = folder / ".snakemake" / "locks"
-    if locks.exists() and any(locks.iterdir()):  # a killed run; our own lock says it is gone
-        subprocess.run([*command, "--unlock"], capture_output=True, env=environment())
-    with (folder / "snakemake.log").open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment(), pass_fds=[lock]
-        )
-        try:
-            watch(process, folder)
-        except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
-            raise LetheError("interrupted; run the same command again to continue") from None
-    return process.returncode != 0
-
-
-def watch(process: subprocess.Popen, folder: Path) -> None:
-    """Print each notebook as it starts and ends; on a terminal also the running progress bars."""
-    start, started, ended = time.time(), set(), set()
-    while True:
-        running = process.poll() is None
-        for step in STEPS:
-            log, mark = folder / "notebooks" / f"{step}.log", folder / "done" / step
-            if log.exists() and log.stat().st_mtime >= start - 1 and step not in started:
-                started.add(step)
-                say(start, f"{step} ...")
-            if step in started - ended and mark.exists() and mark.stat().st_mtime >= start - 1:
-                ended.add(step)
-                say(start, f"{step} done")
-        if not running:
-            return
-        if sys.stdout.isatty():
-            bars = [b for s in STEPS if s in started - ended and (b := last_bar(folder, s))]
-            print("\r\033[K" + " | ".join(bars)[:160], end="", flush=True)
-        time.sleep(0.5)
-
-
-def say(start: float, text: str) -> None:
-    clear = "\r\033[K" if sys.stdout.isatty() else ""
-    print(f"{clear}[{time.time() - start:5.0f} s] {text}", flush=True)
-
-
-def last_bar(folder: Path, step: str) -> str:
-    """The newest progress bar in a notebook's log: name, percent, time left."""
-    text = (folder / "notebooks" / f"{step}.log").read_text("utf8", errors="replace")[-4000:]
-    found = re.findall(r"([\w +,()-]+): +(\d+%)\|[^|]*\| [\d.]+/[\d.]+ \[[\d:]+<([\d:?]+)", text)
-    return f"{found[-1][0].strip()} {found[-1][1]}, {found[-1][2]} left" if found else ""
-
-
-def explain_failure(folder: Path) -> str:
-    """The error of the notebook that failed, and where its traceback stands."""
-    for step in STEPS:
-        log = folder / "notebooks" / f"{step}.log"
-        if (folder / "done" / step).exists() or not log.exists():
-            continue
-        lines = log.read_text("utf8", errors="replace").splitlines()
-        found = [
-            line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b.*:", line)
-        ]
-        if found:
-            message = found[-1].split("LetheError: ")[-1]
-            return f"{step} failed: {message}\n  traceback: {log.with_suffix('.ipynb')}"
-    return f"the workflow failed before any notebook; see {folder / 'snakemake.log'}"
 
 
 def report(folder: Path) -> None:
@@ -291,19 +165,17 @@ def print_table(file: Path) -> None:
     print(f"\n{tables.text(frame)}\n")
 
 
-def show(p: params.Params, folder: Path, resolved: str) -> int:
+def show(run: dag.Run) -> int:
     """--dry-run: the params, what set each, what is left to do, and how many rows would be cut."""
     from lethe_utils import pipeline
 
-    file = folder / RESOLVED
-    current = file.exists() and file.read_text("utf8") == resolved
-    done = [step for step in STEPS if current and (folder / "done" / step).exists()]
+    p = run.p
     for key, row in params.table(p).iterrows():
         print(f"{key}: {row['value']}".ljust(48) + f"  # {row['set in']}")
-    print(f"run {p.run_id} -> {folder}")
-    for step in STEPS:
-        print(f"  {step}: {'finished' if step in done else 'to do'}")
-    if "01_data" in done:
+    print(f"run {run.name} -> {run.folder}")
+    for step in dag.STEPS:
+        print(f"  {step}: {'finished' if run.finished(step) else 'to do'}")
+    if run.finished("01_data"):
         print(pipeline.cut_rows(p).to_string())
     else:
         print("rows that are too long: 01_data counts them, with the model's tokenizer")
@@ -324,7 +196,7 @@ def released_tables() -> int:
     # papermill fills in what stands in braces in a path.
     command = ["papermill", notebook.replace("{", "{{").replace("}", "}}"), "06_tables.ipynb"]
     command += ["--kernel", "python3", "--no-progress-bar"]
-    env = environment() | {"LETHE_PROGRESS": str(out / "06_tables.log")}
+    env = dag.environment(out) | {"LETHE_PROGRESS": str(out / "06_tables.log")}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=env, cwd=out, **pipes) as process:
         written = page.write(paths.root() / "docs")

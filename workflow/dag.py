@@ -1,0 +1,268 @@
+"""Runs as targets of one Snakemake DAG: one run or many, side by side where cores and memory allow.
+
+A run is a folder with its params; its six notebooks are six jobs. What several runs share (a base,
+a clean model, a backdoored model) is built by the first of them, and the others' jobs depend on
+that one's in the DAG. A killed front door, or a killed grid, goes on where it stopped.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from lethe_utils import attacks, params, paths
+from lethe_utils.errors import LetheError
+from lethe_utils.stages import write_json
+
+STEPS = [
+    "01_data",
+    "02_backdoor_train",
+    "03_clean_train",
+    "04_merge",
+    "05_evidence_eval",
+    "06_tables",
+]
+RESOLVED = "resolved.yaml"  # every param of a run, to see whether it is up to date
+PLAN = "plan.json"  # what the Snakefile reads, see `plan`
+# Memory of a notebook beside a GPU's: of a twin, and per weight of a model trained in float32 (on a
+# CPU; measured) or in nf4 (merged here, two models and what comes of them in bfloat16).
+TWIN_MIB, FLOAT32_BYTES, NF4_BYTES = 2048, 40, 8
+NAMES = ("model", "dataset", "attack", "defense")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One target of the DAG."""
+
+    p: params.Params
+    given: dict[str, Any] = field(default_factory=dict)  # what papermill is given
+
+    @property
+    def name(self) -> str:
+        return self.p.run_id
+
+    @property
+    def folder(self) -> Path:
+        return paths.run_dir(self.p.run_id)
+
+    @property
+    def resolved(self) -> str:
+        """A changed params file, or data file, makes the run's notebooks out of date."""
+        return yaml.safe_dump(self.p.model_dump() | {"data_content": self.p.data_content})
+
+    def finished(self, step: str) -> bool:
+        """Whether a notebook has been run with these very params."""
+        file = self.folder / RESOLVED
+        current = file.exists() and file.read_text("utf8") == self.resolved
+        return current and (self.folder / "done" / step).exists()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """How many notebooks run at a time."""
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="CPU cores to use")
+
+
+def load(names: dict[str, str], overrides: dict[str, Any]) -> Run:
+    """A run of these names (NAMES), with some params changed. Raises as params.load."""
+    p = params.load(*(names[key] for key in NAMES), overrides)
+    return Run(p, names | overrides)
+
+
+def execute(runs: list[Run], cores: int, log: Path) -> dict[str, str]:
+    """Run every notebook that is missing. Returns run -> error, of those that failed.
+
+    Args:
+        log: folder for the plan and Snakemake's log.
+    Raises:
+        LetheError: another process works on one of the runs, or Ctrl-C.
+    """
+    with ExitStack() as stack:
+        locks = [_locked(run, stack) for run in runs]
+        for run in runs:
+            given = yaml.safe_dump(run.given, sort_keys=False)
+            write_changed(run.folder / "params.yaml", given)
+            write_changed(run.folder / RESOLVED, run.resolved)
+        log.mkdir(parents=True, exist_ok=True)
+        write_json(log / PLAN, plan(runs, cores, free_mib()))
+        failed = _snakemake(runs, cores, log, locks)
+    return {run.name: explain_failure(run.folder, log) for run in runs if failed and _open(run)}
+
+
+def _locked(run: Run, stack: ExitStack) -> int:
+    """Hold a run's lock; Snakemake holds it too (its descriptor is returned), so that a run whose
+    front door alone was killed is not started a second time beside itself."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    lock = stack.enter_context((run.folder / ".lock").open("w"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LetheError(
+            f"{run.folder}: another process is working on this run; wait for it"
+        ) from None
+    return lock.fileno()
+
+
+def _open(run: Run) -> list[str]:
+    return [step for step in STEPS if not (run.folder / "done" / step).exists()]
+
+
+def write_changed(path: Path, text: str) -> None:
+    """Write a file, but leave it alone when unchanged, so that nothing reruns."""
+    if not path.exists() or path.read_text("utf8") != text:
+        path.write_text(text, "utf8")
+
+
+def plan(runs: list[Run], cores: int, limit: int) -> dict[str, Any]:
+    """What the Snakefile needs to know: `runs` (name -> threads, memory and GPUs of a notebook),
+    and `after` (run -> step -> the run whose same step comes first: it builds what both need).
+
+    Args:
+        limit: MiB that this machine has; a notebook that may take more is then alone on it.
+    """
+    first: dict[tuple[str, str], str] = {}
+    after: dict[str, dict[str, str]] = {}
+    for run in runs:
+        for step, key in _shared(run.p).items():
+            owner = first.setdefault((step, key), run.name)
+            if owner != run.name:
+                after.setdefault(run.name, {})[step] = owner
+    # A real model's notebook has the whole machine, so that a training others wait for is over
+    # soonest; tiny twins have steps so short that more threads would not help many of them.
+    many = len(runs) > 1
+    needs = {
+        run.name: {
+            "threads": 1 if many and run.p.is_tiny else cores,
+            "mem_mb": min(memory(run.p), limit),
+            "gpu": int(not run.p.is_tiny and run.p.device != "cpu"),
+        }
+        for run in runs
+    }
+    return {"runs": needs, "after": after}
+
+
+def memory(p: params.Params) -> int:
+    """MiB that a notebook of the run takes beside a GPU's, at most: an estimate."""
+    each = FLOAT32_BYTES if p.bits == 32 else NF4_BYTES
+    return TWIN_MIB + int(each * 1e9 * (p.size_billion or 0) / 2**20)
+
+
+def free_mib() -> int:
+    """Memory that this machine has to give."""
+    return psutil.virtual_memory().available // 2**20
+
+
+def _shared(p: params.Params) -> dict[str, str]:
+    """step -> a key of what it builds for every run with the same params: the base, the clean and
+    the backdoored model. For the order of jobs only: what is the same is for stages to decide."""
+    base = p.part(params.DataParams, params.BaseModelParams) | {"model": p.model_name}
+    clean = base | p.part(params.TrainParams, params.CleanParams)
+    attack = p.part(*attacks.module(p.attack).PARAMS) | {"attack": p.attack}
+    parts = {"01_data": base, "03_clean_train": clean, "02_backdoor_train": base | attack}
+    return {
+        step: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
+        for step, part in parts.items()
+    }
+
+
+def environment(log: Path) -> dict[str, str]:
+    """papermill and its kernel come from this Python's environment, active or not."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # In variables: given as --config, Snakemake would drop all after a ` #`.
+    own = {"PATH": path, "LETHE_ROOT": str(paths.root()), "LETHE_PLAN": str(log / PLAN)}
+    return os.environ | own
+
+
+def command(cores: int, *more: str) -> list[str | Path]:
+    """Snakemake's command line."""
+    here = paths.root() / "workflow"
+    words = [sys.executable, "-m", "snakemake", "--snakefile", here / "Snakefile"]
+    # Its lock is on the whole folder; ours are on the runs, of which several may go side by side.
+    words += ["--directory", paths.runs_dir(), "--nolock", "--keep-going"]
+    words += ["--rerun-incomplete", "--rerun-triggers", "mtime", "params", *more]
+    return [*words, "--cores", str(cores), "--resources", f"mem_mb={free_mib()}", "gpu=1"]
+
+
+def _snakemake(runs: list[Run], cores: int, log: Path, locks: list[int]) -> bool:
+    """Run the workflow with one status line. Returns True when a notebook failed."""
+    with (log / "snakemake.log").open("w") as out:
+        process = subprocess.Popen(
+            command(cores), stdout=out, stderr=out, env=environment(log), pass_fds=locks
+        )
+        try:
+            watch(process, runs)
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise LetheError("interrupted; run the same command again to continue") from None
+    return process.returncode != 0
+
+
+def watch(process: subprocess.Popen, runs: list[Run]) -> None:
+    """Print each notebook as it starts and ends; on a terminal also the running progress bars."""
+    start, started, ended = time.time(), set(), set()
+    many = len(runs) > 1
+    jobs = {
+        f"{run.name}: {step}" if many else step: (run.folder, step)
+        for run in runs
+        for step in STEPS
+    }
+    while True:
+        running = process.poll() is None
+        for title, (folder, step) in jobs.items():
+            if title not in started and _since(folder / "notebooks" / f"{step}.log", start):
+                started.add(title)
+                say(start, f"{title} ...")
+            if title in started - ended and _since(folder / "done" / step, start):
+                ended.add(title)
+                say(start, f"{title} done")
+        if not running:
+            return
+        if sys.stdout.isatty():
+            at_work = [job for title, job in jobs.items() if title in started - ended]
+            bars = [bar for job in at_work if (bar := last_bar(*job))]
+            print("\r\033[K" + " | ".join(bars)[:160], end="", flush=True)
+        time.sleep(0.5)
+
+
+def _since(file: Path, start: float) -> bool:
+    return file.exists() and file.stat().st_mtime >= start - 1
+
+
+def say(start: float, text: str) -> None:
+    clear = "\r\033[K" if sys.stdout.isatty() else ""
+    print(f"{clear}[{time.time() - start:5.0f} s] {text}", flush=True)
+
+
+def last_bar(folder: Path, step: str) -> str:
+    """The newest progress bar in a notebook's log: name, percent, time left."""
+    text = (folder / "notebooks" / f"{step}.log").read_text("utf8", errors="replace")[-4000:]
+    found = re.findall(r"([\w +,()-]+): +(\d+%)\|[^|]*\| [\d.]+/[\d.]+ \[[\d:]+<([\d:?]+)", text)
+    return f"{found[-1][0].strip()} {found[-1][1]}, {found[-1][2]} left" if found else ""
+
+
+def explain_failure(folder: Path, log: Path) -> str:
+    """The error of the notebook that failed, and where its traceback stands."""
+    for step in STEPS:
+        file = folder / "notebooks" / f"{step}.log"
+        if (folder / "done" / step).exists() or not file.exists():
+            continue
+        lines = file.read_text("utf8", errors="replace").splitlines()
+        found = [
+            line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b.*:", line)
+        ]
+        if found:
+            message = found[-1].split("LetheError: ")[-1]
+            return f"{step} failed: {message}\n  traceback: {file.with_suffix('.ipynb')}"
+    return f"the workflow failed before any notebook; see {log / 'snakemake.log'}"
