@@ -90,7 +90,6 @@ check)
     ;;
 test)
     cd "$root"
-    export LETHE_MODEL="${LETHE_MODEL:-tiny-gpt2}" # what the notebooks run in place of their default
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two workers, a core each
     if [ "${2:-}" = fast ]; then
         exec "$bin/python" -m pytest tests -m "not slow" "${@:3}"

@@ -1,7 +1,5 @@
 """Shared fixtures: no test writes outside its temporary folder, and every model is a pico one."""
 
-import os
-
 import pytest
 import torch
 from hypothesis import settings
@@ -9,8 +7,6 @@ from hypothesis import settings
 from lethe_utils import params
 from lethe_utils.models import twins
 
-# The default model's place is a twin's: see params.default_model.
-os.environ.setdefault("LETHE_MODEL", "tiny-gpt2")
 # The same examples on every run, no files of its own, and no deadline on a busy machine.
 settings.register_profile("same", derandomize=True, database=None, deadline=None)
 settings.load_profile("same")

@@ -216,8 +216,10 @@ def test_a_changed_param_reruns_the_notebooks_but_no_finished_stage(finished, mo
     # What run.py writes there after somebody edited params/ or the data file.
     resolved = folder / "resolved.yaml"
     resolved.write_text(resolved.read_text() + "changed: true\n")
-    environment = dag.environment(folder)
-    assert subprocess.run(dag.command(2), env=environment, capture_output=True).returncode == 0
+    again = subprocess.run(
+        dag.command(2, None), env=dag.environment(folder), capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
     assert all(f.stat().st_mtime_ns > at for f, at in notebooks.items())
     assert {f: f.stat().st_mtime_ns for f in runs.glob("stages/*/*/stage.json")} == stages
 

@@ -140,7 +140,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(monkeypatch, tmp_path):
         "sys.exit(1)"
     )
     fake = [sys.executable, "-c", script, str(tmp_path)]
-    monkeypatch.setattr(dag, "command", lambda _: fake)
+    monkeypatch.setattr(dag, "command", lambda *_: fake)
     failed = dag.execute(runs, 2, tmp_path / "log")
     assert (
         list(failed) == [runs[0].name] and "01_data failed: no disk: full" in failed[runs[0].name]

@@ -226,7 +226,7 @@ def test_snakemake_finds_the_notebooks_whatever_the_folders_are_called(tmp_path,
         (one.folder / file).touch()
     write_json(runs / dag.PLAN, dag.plan([one], 1, 4096))
     environment = dag.environment(runs) | {"LETHE_ROOT": str(root)}
-    command = dag.command(1, "-n", "-p")
+    command = dag.command(1, None, "-n", "-p")
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     escaped = shlex.quote(

@@ -39,6 +39,7 @@ PLAN = "plan.json"  # what the Snakefile reads, see `plan`
 # Memory of a notebook beside a GPU's: of a twin, and per weight of a model trained in float32 (on a
 # CPU; measured) or in nf4 (merged here, two models and what comes of them in bfloat16).
 TWIN_MIB, FLOAT32_BYTES, NF4_BYTES = 2048, 40, 8
+SHORTEST_MINUTES, MINUTES_PER_BILLION = 120, 180  # of a notebook, for a cluster's limit of time
 NAMES = ("model", "dataset", "attack", "defense")
 
 
@@ -70,8 +71,28 @@ class Run:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """How many notebooks run at a time."""
+    """Where the notebooks run."""
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="CPU cores to use")
+    parser.add_argument(
+        "--profile", help="a cluster instead of this machine: slurm, or a folder like its profile"
+    )
+
+
+def profile_folder(name: str) -> Path:
+    """A profile of workflow/profiles, or a folder of the user's own.
+
+    Raises:
+        LetheError: neither.
+    """
+    ours = paths.root() / "workflow" / "profiles"
+    for found in (ours / name, Path(name).expanduser().resolve()):
+        if (found / "config.yaml").is_file():
+            return found
+    known = ", ".join(sorted(f.name for f in ours.iterdir()))
+    raise LetheError(
+        f"--profile {name}: neither one of {known} nor a folder with a config.yaml; copy one of "
+        f"{ours} and change it"
+    )
 
 
 def load(names: dict[str, str], overrides: dict[str, Any]) -> Run:
@@ -80,14 +101,16 @@ def load(names: dict[str, str], overrides: dict[str, Any]) -> Run:
     return Run(p, names | overrides)
 
 
-def execute(runs: list[Run], cores: int, log: Path) -> dict[str, str]:
+def execute(runs: list[Run], cores: int, log: Path, profile: str | None = None) -> dict[str, str]:
     """Run every notebook that is missing. Returns run -> error, of those that failed.
 
     Args:
         log: folder for the plan and Snakemake's log.
+        profile: see profile_folder; None: this machine.
     Raises:
         LetheError: another process works on one of the runs, or Ctrl-C.
     """
+    cluster = profile_folder(profile) if profile else None
     with ExitStack() as stack:
         locks = [_locked(run, stack) for run in runs]
         for run in runs:
@@ -95,8 +118,8 @@ def execute(runs: list[Run], cores: int, log: Path) -> dict[str, str]:
             write_changed(run.folder / "params.yaml", given)
             write_changed(run.folder / RESOLVED, run.resolved)
         log.mkdir(parents=True, exist_ok=True)
-        write_json(log / PLAN, plan(runs, cores, free_mib()))
-        failed = _snakemake(runs, cores, log, locks)
+        write_json(log / PLAN, plan(runs, cores, None if cluster else free_mib()))
+        failed = _snakemake(runs, command(cores, cluster), log, locks)
     return {run.name: explain_failure(run.folder, log) for run in runs if failed and _open(run)}
 
 
@@ -124,12 +147,14 @@ def write_changed(path: Path, text: str) -> None:
         path.write_text(text, "utf8")
 
 
-def plan(runs: list[Run], cores: int, limit: int) -> dict[str, Any]:
-    """What the Snakefile needs to know: `runs` (name -> threads, memory and GPUs of a notebook),
-    and `after` (run -> step -> the run whose same step comes first: it builds what both need).
+def plan(runs: list[Run], cores: int, limit: int | None) -> dict[str, Any]:
+    """What the Snakefile needs to know: `runs` (name -> what a notebook takes at most: threads,
+    MiB, GPUs, minutes), and `after` (run -> step -> the run whose same step comes first, for it
+    builds what both need).
 
     Args:
-        limit: MiB that this machine has; a notebook that may take more is then alone on it.
+        limit: MiB that this machine has, on which a notebook that may take more is then alone; None
+            for a cluster.
     """
     first: dict[tuple[str, str], str] = {}
     after: dict[str, dict[str, str]] = {}
@@ -144,8 +169,9 @@ def plan(runs: list[Run], cores: int, limit: int) -> dict[str, Any]:
     needs = {
         run.name: {
             "threads": 1 if many and run.p.is_tiny else cores,
-            "mem_mb": min(memory(run.p), limit),
+            "mem_mb": min(memory(run.p), limit or memory(run.p)),
             "gpu": int(not run.p.is_tiny and run.p.device != "cpu"),
+            "runtime": SHORTEST_MINUTES + int(MINUTES_PER_BILLION * (run.p.size_billion or 0)),
         }
         for run in runs
     }
@@ -184,21 +210,23 @@ def environment(log: Path) -> dict[str, str]:
     return os.environ | own
 
 
-def command(cores: int, *more: str) -> list[str | Path]:
-    """Snakemake's command line."""
+def command(cores: int, cluster: Path | None, *more: str) -> list[str | Path]:
+    """Snakemake's command line, for a cluster with its profile's folder."""
     here = paths.root() / "workflow"
     words = [sys.executable, "-m", "snakemake", "--snakefile", here / "Snakefile"]
     # Its lock is on the whole folder; ours are on the runs, of which several may go side by side.
     words += ["--directory", paths.runs_dir(), "--nolock", "--keep-going"]
     words += ["--rerun-incomplete", "--rerun-triggers", "mtime", "params", *more]
+    if cluster:
+        return [*words, "--profile", cluster]
     return [*words, "--cores", str(cores), "--resources", f"mem_mb={free_mib()}", "gpu=1"]
 
 
-def _snakemake(runs: list[Run], cores: int, log: Path, locks: list[int]) -> bool:
+def _snakemake(runs: list[Run], words: list[str | Path], log: Path, locks: list[int]) -> bool:
     """Run the workflow with one status line. Returns True when a notebook failed."""
     with (log / "snakemake.log").open("w") as out:
         process = subprocess.Popen(
-            command(cores), stdout=out, stderr=out, env=environment(log), pass_fds=locks
+            words, stdout=out, stderr=out, env=environment(log), pass_fds=locks
         )
         try:
             watch(process, runs)

@@ -29,7 +29,7 @@ def main(words: list[str]) -> int:
         for run in runs:
             print(f"  {run.name}")
         return 0
-    failed = dag.execute(runs, args.cores, folder(args.name))
+    failed = dag.execute(runs, args.cores, folder(args.name), args.profile)
     if failed:
         lines = [f"{name}: {said}" for name, said in failed.items()]
         raise LetheError("\n".join(lines) + "\nrun the same command again to continue")

@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return show(run)
     check(run.p)
-    failed = dag.execute([run], args.cores, run.folder)
+    failed = dag.execute([run], args.cores, run.folder, args.profile)
     if failed:
         raise LetheError(failed[run.name])
     report(run.folder)
