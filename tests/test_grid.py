@@ -162,3 +162,26 @@ def test_a_dry_run_of_the_grid_counts_and_lists(capsys):
     shown = capsys.readouterr().out
     assert "6 runs" in shown and "tiny-qwen2-sst2-cba-s0-all" in shown
     assert not paths.runs_dir().exists()
+
+
+def test_a_profile_is_ours_or_a_folder_of_the_users(tmp_path):
+    ours = dag.profile_folder("slurm")
+    assert "executor: slurm" in (ours / "config.yaml").read_text("utf8")
+    (tmp_path / "config.yaml").write_text("executor: slurm\njobs: 2\n")
+    assert dag.profile_folder(str(tmp_path)) == tmp_path
+    with pytest.raises(LetheError, match="--profile nowhere: neither one of slurm nor a folder"):
+        dag.profile_folder("nowhere")
+
+
+def test_a_cluster_gets_what_a_notebook_takes_and_this_machine_what_it_has():
+    twin, full = runs_of(
+        ["tiny-gpt2", "embedded", "cba", "lethe", 0], ["llama-7b", "emotion", "cba", "lethe", 0]
+    )
+    needs = dag.plan([twin, full], 4, None)["runs"]
+    assert needs[twin.name] == {"threads": 1, "mem_mb": 2048, "gpu": 0, "runtime": 120}
+    assert needs[full.name]["gpu"] == 1 and needs[full.name]["runtime"] > 600
+    assert dag.plan([full], 4, 3000)["runs"][full.name]["mem_mb"] == 3000
+    there = [str(word) for word in dag.command(4, dag.profile_folder("slurm"))]
+    here = [str(word) for word in dag.command(4, None)]
+    assert "--profile" in there and "--cores" not in there
+    assert "--cores" in here and "--profile" not in here
