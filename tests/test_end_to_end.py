@@ -1,15 +1,12 @@
 """The whole pipeline on a pico model: results, manifest, nothing done twice, kill -9, resume."""
 
 import json
-import os
 import subprocess
 import sys
-import time
 
 import pandas as pd
-import psutil
 import pytest
-import yaml
+from pico import kill, run_in, start_until
 
 from lethe_utils import defenses, metrics, params, paths
 from lethe_utils.stages import read_jsonl
@@ -18,56 +15,6 @@ sys.path.insert(0, str(paths.root() / "workflow"))
 import dag  # noqa: E402
 
 pytestmark = pytest.mark.slow
-
-# A model too small to learn anything: what is tested is that everything runs and adds up.
-PICO = {
-    "rows": "{pretrain: 160, train: 320, validation: 40, test: 40}",
-    "checksums": "{}",
-    "width": "16",
-    "mlp_width": "32",
-    "n_heads": "2",
-    "n_kv_heads": "2",
-    "vocab_size": "400",
-    "base_epochs": "1",
-    "backdoor_epochs": "2",
-    "clean_epochs": "1",
-    "finetune_epochs": "1",
-    "checkpoints_per_run": "8",
-    "negative_items": "6",
-    "sweep_items": "8",
-    "strengths_sweep": "[0.5, 1.0]",
-    "keywords_sweep": "[3]",
-    "clean_ratios_sweep": "[0.2]",
-}
-
-
-def command(*more):
-    words = [sys.executable, str(paths.root() / "workflow/run.py"), "tiny-gpt2", *more]
-    return words + [w for key, value in PICO.items() for w in ("-p", key, value)]
-
-
-def run_in(runs, *more):
-    return subprocess.run(
-        command(*more), capture_output=True, text=True, env=os.environ | {"LETHE_RUNS": str(runs)}
-    )
-
-
-def start_until(runs, condition, timeout=300):
-    """Start a run and return it with all its children, kernels included, once a file appears."""
-    env = os.environ | {"LETHE_RUNS": str(runs)}
-    process = psutil.Popen(command(), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + timeout
-    while not list(runs.glob(condition)):
-        assert process.poll() is None and time.time() < deadline, f"{condition} never appeared"
-        time.sleep(0.02)
-    return [process, *process.children(recursive=True)]
-
-
-def kill(processes):
-    """kill -9, and wait until they are gone."""
-    for victim in processes:
-        victim.kill()
-    psutil.wait_procs(processes, timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -224,18 +171,6 @@ def test_a_changed_param_reruns_the_notebooks_but_no_finished_stage(finished, mo
     assert {f: f.stat().st_mtime_ns for f in runs.glob("stages/*/*/stage.json")} == stages
 
 
-def test_a_run_whose_front_door_was_killed_is_not_started_beside_itself(tmp_path):
-    runs = tmp_path / "orphan"
-    runs.mkdir()
-    front_door, *others = start_until(runs, "*/notebooks/01_data.log")
-    kill([front_door])
-    again = run_in(runs)
-    alive = [p for p in others if p.is_running()]
-    kill([*alive, *(child for p in alive for child in p.children(recursive=True))])
-    assert again.returncode == 1
-    assert "another process is working on this run" in again.stderr
-
-
 def test_killed_in_02_and_05_then_resumed_gives_the_same_numbers(finished, tmp_path):
     runs = tmp_path / "killed"
     (runs / "stages").mkdir(parents=True)
@@ -253,23 +188,3 @@ def test_killed_in_02_and_05_then_resumed_gives_the_same_numbers(finished, tmp_p
     for name in ("results.csv", "sweeps.csv"):
         whole = (finished[0] / "latest" / name).read_text()
         assert (runs / "latest" / name).read_text() == whole
-
-
-def test_runs_of_one_dag_share_what_the_first_builds(tmp_path, monkeypatch):
-    monkeypatch.setenv("LETHE_RUNS", str(tmp_path))
-    changes = {key: yaml.safe_load(value) for key, value in PICO.items()}
-    changes |= {"merge_methods": ["slerp"], "strengths_sweep": [], "clean_ratios_sweep": []}
-    names = {"model": "tiny-gpt2", "dataset": "embedded", "defense": "lethe"}
-    runs = [dag.load(names | {"attack": attack}, changes) for attack in ("cba", "lwp")]
-    assert dag.execute(runs, 2, tmp_path / "log") == {}
-    assert all(run.finished(step) for run in runs for step in dag.STEPS)
-    made = {
-        kind: len([*tmp_path.glob(f"stages/{kind}/*/stage.json")]) for kind in ("base", "clean")
-    }
-    assert made == {"base": 1, "clean": 1}
-    assert len([*tmp_path.glob("stages/backdoored/*/stage.json")]) == 2
-    # Of what both need, the second run's notebook started when the first one's had ended.
-    first, second = (run.folder for run in runs)
-    assert (second / "notebooks/03_clean_train.log").stat().st_mtime_ns > (
-        first / "done/03_clean_train"
-    ).stat().st_mtime_ns

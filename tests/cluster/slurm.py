@@ -11,7 +11,7 @@ import time
 import one_node
 import pytest
 import yaml
-from test_end_to_end import PICO
+from pico import PICO
 
 from lethe_utils import paths
 
