@@ -73,7 +73,8 @@ def _check_setups(runs: dict[str, dict[str, Any]]) -> None:
     for run_id, params in sorted(runs.items()):
         setup = (params["model"], params["dataset"], params["attack"])
         first, wanted = setups.setdefault(setup, (run_id, params))
-        changed = {k for k in {*params, *wanted} if params.get(k) != wanted.get(k)} - own
+        # A param that only one of them has came with later code, whose default is what was before.
+        changed = {k for k in params.keys() & wanted.keys() if params[k] != wanted[k]} - own
         if changed:
             raise LetheError(
                 f"{run_id} and {first}: same model, dataset and attack, but other "
