@@ -77,14 +77,18 @@ def test_a_run_of_code_that_was_not_committed_is_not_released(checkout, dirty, n
 
 
 def test_runs_of_one_setup_differ_in_their_seed_only(checkout):
-    finished_run("a", seed=0)
-    finished_run("b", seed=1, strength=0.5)
+    finished_run("a", seed=0, strength=0.75)
+    # What a run measures beside the others is its own, and so is a param that came with later code.
+    own = {"defense": "all", "strengths_sweep": [0.5], "a_later_param": 1}
+    finished_run("b", seed=1, strength=0.5, **own)
+    finished_run("c", seed=1, strength=0.75, **own)
     results.release("a")
     with pytest.raises(LetheError, match="b and a: same model, dataset and attack, but other str"):
         results.release("b")
-    assert results.read_released().table["run_id"].tolist() == ["a"]
+    results.release("c")
+    assert results.read_released().table["run_id"].tolist() == ["a", "c"]
     other = checkout / "results" / "runs" / "b.json"
-    other.write_text(json.dumps({"params": {"strength": 1} | results.released_params()["a"]}))
+    other.write_text(json.dumps({"params": results.released_params()["a"] | {"strength": 1}}))
     with pytest.raises(LetheError, match="but other strength"):
         results.read_released()
 
