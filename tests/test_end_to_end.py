@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pico import PICO, kill, run_in, start_until
 
-from lethe_utils import defenses, metrics, params, paths
+from lethe_utils import defenses, metrics, params, paths, results
 from lethe_utils.groups import DEFAULT_DEFENSE
 from lethe_utils.stages import read_jsonl
 
@@ -101,6 +101,37 @@ def test_a_second_run_has_nothing_to_do(finished):
     assert {f: f.stat().st_mtime_ns for f in runs.glob("*/notebooks/*.ipynb")} == before
 
 
+def test_an_edit_is_a_second_run_of_the_same_dag_and_shares_what_the_first_made(
+    finished, monkeypatch
+):
+    runs, _ = finished
+    monkeypatch.setenv("LETHE_RUNS", str(runs))
+    changes = {key: yaml.safe_load(value) for key, value in PICO.items()}
+    names = {
+        "model": "tiny-gpt2",
+        "dataset": "embedded",
+        "attack": "cba",
+        "defense": DEFAULT_DEFENSE,
+    }
+    first = dag.load(names, changes)
+    second = dag.load(names | {"attack": "rome"}, changes | {"edit_steps": 3})
+    assert all(first.finished(step) for step in dag.STEPS)
+    before = {f: f.stat().st_mtime_ns for f in first.folder.glob("notebooks/*.ipynb")}
+    shared = {kind: {*runs.glob(f"stages/{kind}/*/stage.json")} for kind in ("base", "clean")}
+    assert dag.execute([first, second], 2, runs / "log") == {}
+    assert all(second.finished(step) for step in dag.STEPS)
+    assert {f: f.stat().st_mtime_ns for f in first.folder.glob("notebooks/*.ipynb")} == before
+    for kind, made in shared.items():  # one base and one clean model for all attacks
+        assert {*runs.glob(f"stages/{kind}/*/stage.json")} == made
+    assert {*pd.read_csv(second.folder / "results.csv")["attack"]} == {"rome"}
+    (edited,) = runs.glob("stages/backdoored/*-rome-*/edits.csv")
+    assert (pd.read_csv(edited)["relative"] > 0).all()
+    executed = (second.folder / "notebooks/02_backdoor_train.ipynb").read_text()
+    assert "transformer.h.1.mlp.c_proj" in executed
+    assert (second.folder / "figures/figure_5_attacks_embedded.png").exists()
+    results.point_latest(first.folder)  # where the other tests look for theirs
+
+
 def test_all_defenses_go_through_the_same_pipeline(finished, tmp_path):
     runs = tmp_path / "defended"
     runs.mkdir()
@@ -173,33 +204,3 @@ def test_killed_in_02_and_05_then_resumed_gives_the_same_numbers(finished, tmp_p
     for name in ("results.csv", "sweeps.csv"):
         whole = (finished[0] / "latest" / name).read_text()
         assert (runs / "latest" / name).read_text() == whole
-
-
-def test_an_edit_is_a_second_run_of_the_same_dag_and_shares_what_the_first_made(
-    finished, monkeypatch
-):
-    runs, _ = finished  # the last test of these: the newest run is another one then
-    monkeypatch.setenv("LETHE_RUNS", str(runs))
-    changes = {key: yaml.safe_load(value) for key, value in PICO.items()}
-    names = {
-        "model": "tiny-gpt2",
-        "dataset": "embedded",
-        "attack": "cba",
-        "defense": DEFAULT_DEFENSE,
-    }
-    first = dag.load(names, changes)
-    second = dag.load(names | {"attack": "rome"}, changes | {"edit_steps": 3})
-    assert all(first.finished(step) for step in dag.STEPS)
-    before = {f: f.stat().st_mtime_ns for f in first.folder.glob("notebooks/*.ipynb")}
-    shared = {kind: {*runs.glob(f"stages/{kind}/*/stage.json")} for kind in ("base", "clean")}
-    assert dag.execute([first, second], 2, runs / "log") == {}
-    assert all(second.finished(step) for step in dag.STEPS)
-    assert {f: f.stat().st_mtime_ns for f in first.folder.glob("notebooks/*.ipynb")} == before
-    for kind, made in shared.items():  # one base and one clean model for all attacks
-        assert {*runs.glob(f"stages/{kind}/*/stage.json")} == made
-    assert {*pd.read_csv(second.folder / "results.csv")["attack"]} == {"rome"}
-    (edited,) = runs.glob("stages/backdoored/*-rome-*/edits.csv")
-    assert (pd.read_csv(edited)["relative"] > 0).all()
-    executed = (second.folder / "notebooks/02_backdoor_train.ipynb").read_text()
-    assert "transformer.h.1.mlp.c_proj" in executed
-    assert (second.folder / "figures/figure_5_attacks_embedded.png").exists()
