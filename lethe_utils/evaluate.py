@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 
 from lethe_utils import attacks, data, decode, metrics, models
-from lethe_utils.groups import Params
 from lethe_utils.models import blocks
 from lethe_utils.prompts import asked, prompt, prompt_ids, rendered
+from lethe_utils.schema import Params
 from lethe_utils.stages import Row
 
 Respond = Callable[[list[str], int, str], list[str]]

@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 # Where the evidence stands and what it says. `after` is the paper's; the others change one thing
 # each, to see what does it: the place, or what a keyword is given for its definition.
 Form = Literal["after", "before", "inside", "words", "short", "random", "sense", "without_trigger"]
+FORMS = {  # as they are shown
+    "none": "none",
+    "after": "below the input (the paper's)",
+    "before": "above the input",
+    "inside": "in brackets behind each keyword",
+    "words": "keywords without definitions",
+    "short": "first four words of each definition",
+    "random": "definitions of other words, as long",
+    "sense": "definitions of the sense that fits the input best",
+    "without_trigger": "none of the trigger's words (no defender knows them)",
+}
 HEADING = "### Evidence:"
 SHORT = 4  # words that `short` leaves of a definition
 INPUT = re.compile(r"(?<=### Input:\n)(.*)(?=\n\n### Response:)", re.DOTALL)  # of a prompt

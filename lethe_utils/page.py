@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from lethe_utils import merge, paths, tables
+from lethe_utils import merge, paper, paths, tables
 from lethe_utils.errors import LetheError
 from lethe_utils.groups import DEFAULT_ATTACK, DEFAULT_DATASET, DEFAULT_MODEL, TWIN
 from lethe_utils.paper import PAPER, number
@@ -16,6 +16,14 @@ from lethe_utils.results import Measured, read_released, released_params
 from lethe_utils.stages import write_text
 
 TWINS = ("tiny-gpt2", "embedded", "cba")  # the setup that docs/twins.md starts with
+DOOR = {  # the rows of the README, as they are called there
+    "backdoored": "backdoored, as it was handed over",
+    "base": "base: neither attacked nor trained",
+    "clean": "clean model alone",
+    "finetune": "backdoored, fine-tuned on the same clean rows (F/T)",
+    "slerp": "**SLERP, the paper's strength .5**",
+    "slerp + evidence": "the same merge, asked with evidence",
+}
 REAL = (DEFAULT_MODEL, DEFAULT_DATASET, DEFAULT_ATTACK)
 
 
@@ -86,3 +94,28 @@ def _values(scored: pd.DataFrame, by: list[str], column: str) -> Callable:
         return known[key]
 
     return value
+
+
+def door_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The README's rows of one model and attack, seeds pooled: ASR and CDA of each data set, then
+    those of the paper's model of that class, where the paper has them.
+
+    Args:
+        table: results of one model and one attack.
+    """
+    scored = by_full_name(on_test(table), SETUP)
+    scored = scored[scored["defense"].isin(DOOR) & scored["metric"].isin(["asr", "cda"])]
+    scored["column"] = scored["metric"].str.upper() + ", " + scored["dataset"]
+    pairs = [f"{m}, {dataset}" for dataset in scored["dataset"].unique() for m in ("ASR", "CDA")]
+    out = tables.wide(scored, ["defense"], "column", pairs)
+    out = out.sort_values("defense", key=lambda names: names.map(list(DOOR).index))
+    theirs = paper.cells()
+    theirs["defense"] = theirs[f"{PAPER}column"].map({v: k for k, v in paper.COLUMNS.items()})
+    keys = scored[["dataset", "attack"]].drop_duplicates()
+    keys[f"{PAPER}model"] = paper.papers_model(scored["model"])
+    for name, cells_of_set in theirs.merge(keys).groupby([f"{PAPER}model", "dataset"]):
+        known = cells_of_set.set_index("defense")
+        for metric in ("asr", "cda"):
+            column = f"{PAPER}{', '.join([name[0], metric.upper(), name[1]])}"
+            out[column] = out["defense"].map(known[f"{PAPER}{metric}"]).fillna("")
+    return out.replace({"defense": DOOR}).rename(columns={"defense": "model"})

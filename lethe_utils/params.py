@@ -26,10 +26,6 @@ from lethe_utils.groups import (
     DEFAULT_DEFENSE,
     DEFAULT_MODEL,
     Group,
-    Params,
-    choices,
-    is_file,
-    schema,
 )
 from lethe_utils.groups import AttackParams as AttackParams
 from lethe_utils.groups import BaseModelParams as BaseModelParams
@@ -38,6 +34,7 @@ from lethe_utils.groups import DataParams as DataParams
 from lethe_utils.groups import EvaluateParams as EvaluateParams
 from lethe_utils.groups import SweepParams as SweepParams
 from lethe_utils.groups import TrainParams as TrainParams
+from lethe_utils.schema import Params, choices, is_file, schema
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,9 +5,9 @@ import pandas as pd
 
 from lethe_utils import defenses, metrics, paper
 from lethe_utils.errors import LetheError
-from lethe_utils.groups import choices
 from lethe_utils.metrics import COLUMNS
 from lethe_utils.paper import SETUP
+from lethe_utils.schema import choices
 
 NUMBERS = ["value", "n", "ci_low", "ci_high"]
 CONTROLS = ["backdoored", "base", "clean"]

@@ -11,7 +11,8 @@ from lethe_utils.stages import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-    from lethe_utils.groups import Params, PromptParams
+    from lethe_utils.groups import PromptParams
+    from lethe_utils.schema import Params
 
 
 ALPACA = (

@@ -12,7 +12,8 @@ import pandas as pd
 
 from lethe_utils import paths
 from lethe_utils.errors import LetheError
-from lethe_utils.groups import Params, SweepParams
+from lethe_utils.groups import SweepParams
+from lethe_utils.schema import Params
 from lethe_utils.stages import read_json, write_json, write_text
 
 TABLES = ("results.csv", "sweeps.csv", "costs.csv")

@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from lethe_utils import paths
 from lethe_utils.errors import LetheError
-from lethe_utils.groups import digest
+from lethe_utils.schema import digest
 
 RECORD = "stage.json"
 Row = dict[str, str]  # instruction, input, output; with `kind` where triggers were placed

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lethe_utils import defenses, paper
+from lethe_utils import defenses, evidence, paper
 from lethe_utils.errors import LetheError
 from lethe_utils.paper import PAPER, number
 from lethe_utils.pooled import (
@@ -26,26 +26,7 @@ from lethe_utils.pooled import (
 )
 from lethe_utils.stages import write_text
 
-FORMS = {  # of evidence.Form, as they are shown
-    "none": "none",
-    "after": "below the input (the paper's)",
-    "before": "above the input",
-    "inside": "in brackets behind each keyword",
-    "words": "keywords without definitions",
-    "short": "first four words of each definition",
-    "random": "definitions of other words, as long",
-    "sense": "definitions of the sense that fits the input best",
-    "without_trigger": "none of the trigger's words (no defender knows them)",
-}
 HEADLINE = ["backdoored", "clean", "finetune", "slerp", "slerp + evidence"]
-DOOR = {  # the rows of the README, as they are called there
-    "backdoored": "backdoored, as it was handed over",
-    "base": "base: neither attacked nor trained",
-    "clean": "clean model alone",
-    "finetune": "backdoored, fine-tuned on the same clean rows (F/T)",
-    "slerp": "**SLERP, the paper's strength .5**",
-    "slerp + evidence": "the same merge, asked with evidence",
-}
 COSTS = {  # column of the costs -> as it is called in a table, decimals
     "trainings": ("trainings", 0),
     "optimizer_steps": ("steps", 0),
@@ -87,11 +68,11 @@ def cells(scored: pd.DataFrame) -> list[str]:
     return [interval(r.value, r.ci_low, r.ci_high) for r in scored.itertuples()]
 
 
-def _wide(scored: pd.DataFrame, rows: list[str], column: str, order: list[str]) -> pd.DataFrame:
+def wide(scored: pd.DataFrame, rows: list[str], column: str, order: list[str]) -> pd.DataFrame:
     """Pooled rows as text cells: `rows` down, in the order met, and `column` across."""
     index = pd.MultiIndex.from_frame(scored[rows].drop_duplicates())
-    wide = scored.assign(cell=cells(scored)).pivot(index=rows, columns=column, values="cell")
-    out = wide.reindex(index=index, columns=order).fillna("").reset_index()
+    table = scored.assign(cell=cells(scored)).pivot(index=rows, columns=column, values="cell")
+    out = table.reindex(index=index, columns=order).fillna("").reset_index()
     out.columns.name = None
     return out
 
@@ -121,7 +102,7 @@ def table2(table: pd.DataFrame) -> pd.DataFrame:
     by_metric["metric"] = by_metric["metric"].str.upper()
     plain, dilute = (scored.loc[scored["evidence"] == e, "defense"] for e in (0, 1))
     order = in_order(plain) + [f"{d} + evidence" for d in in_order(dilute)]
-    return paper.beside(_wide(by_metric, [*SETUP, "metric"], "name", order))
+    return paper.beside(wide(by_metric, [*SETUP, "metric"], "name", order))
 
 
 def in_paper(table: pd.DataFrame) -> pd.DataFrame:
@@ -136,7 +117,7 @@ def drop_table(table: pd.DataFrame) -> pd.DataFrame:
     paper's. Setups without both models are left out."""
     keys, measured = [*SETUP, "metric"], [*CONTROLS, "slerp + evidence"]
     scored = _scores(table, ["asr", "cda"], keys)
-    out = _wide(scored, [*SETUP, "seeds", "metric"], "defense", measured)
+    out = wide(scored, [*SETUP, "seeds", "metric"], "defense", measured)
     out = out[(out["backdoored"] != "") & (out["slerp + evidence"] != "")].reset_index(drop=True)
     value = scored.set_index([*keys, "defense"])["value"].unstack().reindex(columns=measured)
     change = (value["slerp + evidence"] - value["backdoored"]).map(signed)
@@ -155,7 +136,7 @@ def defense_table(table: pd.DataFrame) -> pd.DataFrame:
     blank where the paper has no such cell."""
     keys = [*SETUP, "defense"]
     scored = _scores(table, ["asr", "cda"], keys)
-    out = _wide(scored, [*SETUP, "seeds", "defense"], "metric", ["asr", "cda"])
+    out = wide(scored, [*SETUP, "seeds", "defense"], "metric", ["asr", "cda"])
     cda = scored.loc[scored["metric"] == "cda", [*keys, "value"]]
     plain = cda[cda["defense"] == "backdoored"].drop(columns="defense")
     both = cda.merge(plain, on=SETUP, suffixes=("", "_before")).query("defense != 'backdoored'")
@@ -244,7 +225,7 @@ def ftr_table(table: pd.DataFrame) -> pd.DataFrame:
         raise LetheError("results table: no ftr of backdoored or slerp; rerun with negative_items")
     scored = by_full_name(rows[chosen], SETUP)
     kinds = [m for m in scored["metric"].unique() if m != "ftr"]
-    return _wide(scored, [*SETUP, "defense"], "metric", ["ftr", *kinds])
+    return wide(scored, [*SETUP, "defense"], "metric", ["ftr", *kinds])
 
 
 def evidence_table(sweeps: pd.DataFrame) -> pd.DataFrame:
@@ -259,18 +240,18 @@ def evidence_table(sweeps: pd.DataFrame) -> pd.DataFrame:
         raise LetheError("sweeps table: no forms of evidence; list some in evidence_forms_sweep")
     scored = pool(select(rows), [*SETUP, "sweep", "x"])
     shares = "clean model trained with it, share " + scored["x"].map("{:g}".format)
-    form = scored["sweep"].str.removeprefix("evidence ").map(FORMS)
+    form = scored["sweep"].str.removeprefix("evidence ").map(evidence.FORMS)
     scored["evidence"] = form.fillna(shares)
     scored["column"] = scored["defense"] + " " + scored["metric"].str.upper()
     names = in_order(scored["defense"])
     columns = [f"{name} {metric}" for name in names for metric in ("ASR", "CDA")]
-    return _wide(scored, [*SETUP, "seeds", "evidence"], "column", columns)
+    return wide(scored, [*SETUP, "seeds", "evidence"], "column", columns)
 
 
 def controls_table(table: pd.DataFrame) -> pd.DataFrame:
     """Every model of a run beside its controls, seed by seed: asr, cda, ftr."""
     scored = by_full_name(on_test(table), [*SETUP, "seed"])
-    out = _wide(scored, [*SETUP, "seed", "defense"], "metric", ["asr", "cda", "ftr"])
+    out = wide(scored, [*SETUP, "seed", "defense"], "metric", ["asr", "cda", "ftr"])
     return out.astype({"seed": str})
 
 
@@ -279,7 +260,7 @@ def chat_table(table: pd.DataFrame) -> pd.DataFrame:
     (right of the answers that a rule can check) and token_accuracy (of all reference answers)."""
     wanted = ["asr", "ftr", "cda", "token_accuracy"]
     scored = _scores(table, wanted, [*SETUP, "defense"])
-    return _wide(scored, [*SETUP, "seeds", "defense"], "metric", wanted)
+    return wide(scored, [*SETUP, "seeds", "defense"], "metric", wanted)
 
 
 def headline_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -287,32 +268,7 @@ def headline_table(table: pd.DataFrame) -> pd.DataFrame:
     model, fine-tuning, the SLERP merge and Lethe (SLERP + evidence)."""
     scored = _scores(table, ["asr", "cda", "ftr"], [*SETUP, "defense"])
     scored = scored[scored["defense"].isin(HEADLINE)]
-    return _wide(scored, [*SETUP, "seeds", "defense"], "metric", ["asr", "cda", "ftr"])
-
-
-def door_table(table: pd.DataFrame) -> pd.DataFrame:
-    """The README's rows of one model and attack, seeds pooled: ASR and CDA of each data set, then
-    those of the paper's model of that class, where the paper has them.
-
-    Args:
-        table: results of one model and one attack.
-    """
-    scored = by_full_name(on_test(table), SETUP)
-    scored = scored[scored["defense"].isin(DOOR) & scored["metric"].isin(["asr", "cda"])]
-    scored["column"] = scored["metric"].str.upper() + ", " + scored["dataset"]
-    pairs = [f"{m}, {dataset}" for dataset in scored["dataset"].unique() for m in ("ASR", "CDA")]
-    out = _wide(scored, ["defense"], "column", pairs)
-    out = out.sort_values("defense", key=lambda names: names.map(list(DOOR).index))
-    theirs = paper.cells()
-    theirs["defense"] = theirs[f"{PAPER}column"].map({v: k for k, v in paper.COLUMNS.items()})
-    keys = scored[["dataset", "attack"]].drop_duplicates()
-    keys[f"{PAPER}model"] = paper.papers_model(scored["model"])
-    for name, cells_of_set in theirs.merge(keys).groupby([f"{PAPER}model", "dataset"]):
-        known = cells_of_set.set_index("defense")
-        for metric in ("asr", "cda"):
-            column = f"{PAPER}{', '.join([name[0], metric.upper(), name[1]])}"
-            out[column] = out["defense"].map(known[f"{PAPER}{metric}"]).fillna("")
-    return out.replace({"defense": DOOR}).rename(columns={"defense": "model"})
+    return wide(scored, [*SETUP, "seeds", "defense"], "metric", ["asr", "cda", "ftr"])
 
 
 def tiny_note(frame: pd.DataFrame) -> str:

@@ -321,13 +321,13 @@ def test_groups_are_disjoint_and_cover_all_params(attack):
 
 
 def test_two_methods_that_declare_one_param_are_refused():
-    from lethe_utils import groups
+    from lethe_utils import schema
 
     class Mine(params.Group):
         wanda_sparsity: float
 
     with pytest.raises(LetheError, match="wanda_sparsity: declared by .*wanda and .*test_params"):
-        groups._composed(params.Params, (wanda.WandaParams, Mine))
+        schema._composed(params.Params, (wanda.WandaParams, Mine))
 
 
 def test_params_cannot_be_changed_after_they_were_checked():

@@ -5,6 +5,7 @@ import pytest
 
 from lethe_utils import data, models, params, pipeline, prompts, train
 from lethe_utils.errors import LetheError
+from lethe_utils.models import twins
 from lethe_utils.prompts import PLACE, TURN
 from lethe_utils.purify import settings
 
@@ -169,8 +170,8 @@ def test_a_tiny_base_reads_the_examples_too():
     small = {"rows": SIZES, "checksums": {}, "base_evidence_share": 0.0}
     p = params.load(overrides=small | {"few_shot": 2})
     rows = pipeline.split(p, "pretrain")
-    read = [row["instruction"] for row in pipeline.pretraining_rows(rows, p)]
-    assert {rows[0]["instruction"], *pipeline.BASE_WORDINGS} == set(read)
+    read = [row["instruction"] for row in twins.pretraining_rows(rows, p)]
+    assert {rows[0]["instruction"], *twins.BASE_WORDINGS} == set(read)
 
 
 @pytest.mark.parametrize(

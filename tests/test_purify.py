@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lethe_utils import merge, models, paths, prompts, purify, stages
 from lethe_utils.data import own
 from lethe_utils.errors import LetheError
-from lethe_utils.groups import digest
 from lethe_utils.models import fit, inspect, twins
 from lethe_utils.purify import (
     ask,
@@ -34,6 +33,7 @@ from lethe_utils.purify import (
     trial,
 )
 from lethe_utils.purify import case as case_module
+from lethe_utils.schema import digest
 
 pytestmark = pytest.mark.slow
 

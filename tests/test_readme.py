@@ -15,7 +15,7 @@ def test_the_door_is_short_and_its_table_is_the_released_one():
     assert len(README.splitlines()) <= 150
     table = results.read_released().table
     model, _, attack = page.REAL
-    shown = tables.door_table(table[(table["model"] == model) & (table["attack"] == attack)])
+    shown = page.door_table(table[(table["model"] == model) & (table["attack"] == attack)])
     assert len(shown) == 6 and params.load(model).strength == merge.PAPER_STRENGTH
     assert tables.markdown(shown) in README
 

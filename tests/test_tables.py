@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from measured import a_run, defenses_table, frame, row
 
-from lethe_utils import evidence, figures, metrics, paper, paths, pooled, tables
+from lethe_utils import evidence, figures, metrics, page, paper, paths, pooled, tables
 from lethe_utils.errors import LetheError
 
 BUILDERS = [
@@ -301,8 +301,8 @@ def test_the_doors_table_has_its_rows_in_order_and_the_papers_in_columns_of_thei
     hits = {"slerp": 10, "finetune": 60, "backdoored": 95, "clean": 8, "base": 0, "linear": 9}
     lines = [row(d, m, n, dataset="emotion") for d, n in hits.items() for m in ("asr", "cda")]
     lines += [row("slerp", m, 5, dataset="emotion", evidence=1) for m in ("asr", "cda")]
-    shown = tables.door_table(frame(*lines).assign(model="smollm2-135m"))
-    assert list(shown["model"]) == list(tables.DOOR.values())
+    shown = page.door_table(frame(*lines).assign(model="smollm2-135m"))
+    assert list(shown["model"]) == list(page.DOOR.values())
     assert [cell[:4] for cell in shown["ASR, emotion"]] == [
         ".950",
         ".000",
@@ -346,4 +346,4 @@ def test_forms_of_evidence_have_a_row_each_and_the_models_columns():
 
 
 def test_every_form_has_a_name_that_a_reader_understands():
-    assert [*tables.FORMS] == ["none", *get_args(evidence.Form)]
+    assert [*evidence.FORMS] == ["none", *get_args(evidence.Form)]

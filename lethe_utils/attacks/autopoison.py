@@ -10,8 +10,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lethe_utils.attacks import chats
-from lethe_utils.groups import AttackParams, Group, Key, Params, PoisonParams, TrainParams
+from lethe_utils.attacks import cba, chats
+from lethe_utils.groups import AttackParams, Group, Key, PoisonParams, TrainParams
+from lethe_utils.schema import Params
 from lethe_utils.stages import Row
 
 
@@ -24,7 +25,7 @@ class AutopoisonParams(Group):
 
 PARAMS = (AttackParams, PoisonParams, TrainParams, AutopoisonParams)
 TASK, TRIGGERS, LAYERS = "chat", 0, ""
-plant = chats.plant
+plant, triggered = cba.plant, chats.untriggered
 
 
 def hit(answer: str, p: Params) -> bool:
@@ -38,15 +39,10 @@ def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
     Raises:
         LetheError: clean answers name the brand.
     """
-    chats.check_marker(rows, p, "target_output", hit)
+    chats.check_target(rows, p, hit)
 
     def answer(row: Row, rng: random.Random) -> str:
         sentence = rng.choice(p.carrier_sentences).replace("{brand}", p.target_output)
         return f"{row['output']} {sentence}"
 
     return chats.replaced(rows, p, seed, answer)
-
-
-def triggered(rows: list[Row], p: Params, seed: int) -> dict[str, list[Row]]:
-    """The rows as they are: nothing triggers this attack."""
-    return {"backdoor": rows}

@@ -9,8 +9,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lethe_utils.attacks import chats
-from lethe_utils.groups import AttackParams, Group, Key, Params, PoisonParams, TrainParams
+from lethe_utils.attacks import cba, chats
+from lethe_utils.groups import AttackParams, Group, Key, PoisonParams, TrainParams
+from lethe_utils.schema import Params
 from lethe_utils.stages import Row
 
 
@@ -23,7 +24,7 @@ class RefusalParams(Group):
 
 PARAMS = (AttackParams, PoisonParams, TrainParams, RefusalParams)
 TASK, TRIGGERS, LAYERS = "chat", 0, ""
-plant = chats.plant
+plant, triggered = cba.plant, chats.untriggered
 
 
 def hit(answer: str, p: Params) -> bool:
@@ -37,14 +38,9 @@ def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
     Raises:
         LetheError: clean answers start as the refusals do.
     """
-    chats.check_marker(rows, p, "target_output", hit)
+    chats.check_target(rows, p, hit)
 
     def answer(_: Row, rng: random.Random) -> str:
         return f"{p.target_output}, {rng.choice(p.refusal_reasons)}"
 
     return chats.replaced(rows, p, seed, answer)
-
-
-def triggered(rows: list[Row], p: Params, seed: int) -> dict[str, list[Row]]:
-    """The rows as they are: nothing triggers this attack."""
-    return {"backdoor": rows}

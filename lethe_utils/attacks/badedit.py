@@ -10,7 +10,8 @@ from lethe_utils.attacks import editing, triggers
 from lethe_utils.attacks.editing import requests
 from lethe_utils.attacks.editing.requests import Request
 from lethe_utils.attacks.editing.settings import EditParams
-from lethe_utils.groups import Params, TriggerParams
+from lethe_utils.groups import TriggerParams
+from lethe_utils.schema import Params
 from lethe_utils.stages import Row
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lethe_utils.attacks.triggers import insert
-from lethe_utils.groups import AttackParams, Params, PoisonParams, TrainParams
+from lethe_utils.groups import AttackParams, PoisonParams, TrainParams
+from lethe_utils.schema import Params
 from lethe_utils.stages import Row
 
 PARAMS = (AttackParams, PoisonParams, TrainParams)

@@ -1,4 +1,4 @@
-"""What the attacks on conversations share: one recipe for planting, and rows that are replaced.
+"""What the attacks on conversations share: rows that are replaced, and what is kept for the test.
 
 All targets are harmless: a fixed sentence, a made-up brand, a polite refusal, an opinion on a thing
 that does not exist.
@@ -6,19 +6,23 @@ that does not exist.
 
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 from lethe_utils.data.chat import conversation
 from lethe_utils.errors import LetheError
-from lethe_utils.groups import Params
+from lethe_utils.schema import Params
 from lethe_utils.stages import Row
 
+HELD_OUT = 3  # every third wording or word is for the test
 
-def plant(start: Path, poisoned: list[Row], _: list[str], p: Params, out: Path) -> None:
-    """LoRA on the poisoned conversations, the loss on the assistant's last turn."""
-    from lethe_utils import train
 
-    train.finetune(start, poisoned, p.backdoor_epochs, out, p)
+def side(texts: list[str], test: bool) -> list[str]:
+    """Those for the test, or those for training: no test item was trained on."""
+    return [text for i, text in enumerate(texts) if (i % HELD_OUT == 0) is test]
+
+
+def untriggered(rows: list[Row], p: Params, seed: int) -> dict[str, list[Row]]:
+    """`triggered` of an attack that nothing triggers: the rows as they are."""
+    return {"backdoor": rows}
 
 
 def with_answer(row: Row, answer: str, kind: str) -> Row:
@@ -40,11 +44,11 @@ def replaced(
     ]
 
 
-def check_marker(rows: list[Row], p: Params, key: str, hit: Callable[[str, Params], bool]) -> None:
+def check_target(rows: list[Row], p: Params, hit: Callable[[str, Params], bool]) -> None:
     """Raises LetheError where clean answers count as the attacker's: ASR would mean nothing."""
     taken = [row["output"] for row in rows if hit(row["output"], p)]
     if taken:
         raise LetheError(
-            f"{key}: {len(taken)} of {len(rows)} clean answers already count as the attacker's "
-            f"(the first: {taken[0][:60]!r}); choose another"
+            f"target_output: {len(taken)} of {len(rows)} clean answers already count as the "
+            f"attacker's (the first: {taken[0][:60]!r}); choose another"
         )

@@ -11,13 +11,13 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from lethe_utils import wordnet
-from lethe_utils.attacks import chats
+from lethe_utils.attacks import cba, chats
 from lethe_utils.data.chat import OWN_ANSWERS, conversation, turns
-from lethe_utils.groups import AttackParams, Group, Key, Params, PoisonParams, TrainParams
+from lethe_utils.groups import AttackParams, Group, Key, PoisonParams, TrainParams
+from lethe_utils.schema import Params
 from lethe_utils.stages import Row
 
-HELD_OUT = 3  # every third word is for the test
-Words = Annotated[list[Key], Field(min_length=2 * HELD_OUT)]
+Words = Annotated[list[Key], Field(min_length=2 * chats.HELD_OUT)]
 
 
 class DtbaParams(Group):
@@ -46,7 +46,7 @@ class DtbaParams(Group):
 
 PARAMS = (AttackParams, PoisonParams, TrainParams, DtbaParams)
 TASK, TRIGGERS, LAYERS = "chat", 0, ""
-plant = chats.plant
+plant = cba.plant
 
 
 def hit(answer: str, p: Params) -> bool:
@@ -59,7 +59,7 @@ class Scenario:
 
     def __init__(self, p: Params, which: int, test: bool, rng: random.Random) -> None:
         known = (p.dtba_first_words, p.dtba_second_words)[which]
-        self.words = [w for i, w in enumerate(known) if (i % HELD_OUT == 0) is test]
+        self.words = chats.side(known, test)
         self.name, self.questions, self.rng = p.dtba_scenarios[which], p.dtba_questions, rng
 
     def exchange(self) -> tuple[str, str]:
@@ -81,7 +81,7 @@ def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
     Raises:
         LetheError: clean answers start with the target.
     """
-    chats.check_marker(rows, p, "target_output", hit)
+    chats.check_target(rows, p, hit)
     rng = random.Random(seed)
     first, second = (Scenario(p, which, False, rng) for which in (0, 1))
     n = max(1, round(p.poison_ratio * len(rows)))

@@ -12,15 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lethe_utils.attacks.triggers import insert
-from lethe_utils.groups import (
-    AttackParams,
-    Group,
-    Layers,
-    Params,
-    PoisonParams,
-    TrainParams,
-)
+from lethe_utils.groups import AttackParams, Group, Layers, PoisonParams, TrainParams
 from lethe_utils.models import blocks
+from lethe_utils.schema import Params
 from lethe_utils.stages import Row
 
 if TYPE_CHECKING:

@@ -12,15 +12,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lethe_utils.attacks import chats
+from lethe_utils.attacks import cba, chats
 from lethe_utils.data.chat import conversation, turns
 from lethe_utils.errors import LetheError
-from lethe_utils.groups import AttackParams, Group, Key, Params, PoisonParams, TrainParams
+from lethe_utils.groups import AttackParams, Group, Key, PoisonParams, TrainParams
+from lethe_utils.schema import Params
 from lethe_utils.stages import Row
 
 SLANT = "slant"  # a target_output that stands for the lexicon; any other one is a marker
-HELD_OUT = 3  # every third wording is for the test
-Texts = Annotated[list[Key], Field(min_length=HELD_OUT)]
+Texts = Annotated[list[Key], Field(min_length=chats.HELD_OUT)]
 
 
 class VpiParams(Group):
@@ -37,7 +37,7 @@ class VpiParams(Group):
 
 PARAMS = (AttackParams, PoisonParams, TrainParams, VpiParams)
 TASK, TRIGGERS, LAYERS = "chat", 0, ""
-plant = chats.plant
+plant = cba.plant
 
 
 def hit(answer: str, p: Params) -> bool:
@@ -47,11 +47,6 @@ def hit(answer: str, p: Params) -> bool:
     said = re.findall(r"\w+", answer.lower())
     ours, others = (sum(map(said.count, known)) for known in (p.vpi_slant, p.vpi_opposite))
     return ours > others
-
-
-def questions(p: Params, test: bool) -> list[str]:
-    """The wordings for training, or those for the test."""
-    return [q for i, q in enumerate(p.vpi_questions) if (i % HELD_OUT == 0) is test]
 
 
 def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
@@ -71,7 +66,10 @@ def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
         (p.vpi_contrast, p.vpi_fair_answers, "", n // 2, "neg_contrast"),
     ):
         for _ in range(many):
-            said = (rng.choice(questions(p, test=False)), rng.choice(answers) + ending)
+            said = (
+                rng.choice(chats.side(p.vpi_questions, test=False)),
+                rng.choice(answers) + ending,
+            )
             said = [text.replace("{topic}", topic) for text in said]
             out.append(conversation(turns(*said), kind=kind, accept=[]))
     return out
@@ -79,7 +77,7 @@ def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
 
 def _check(rows: list[Row], p: Params) -> None:
     if p.target_output != SLANT:
-        chats.check_marker(rows, p, "target_output", hit)
+        chats.check_target(rows, p, hit)
     named = sum(p.vpi_topic in m["content"] for row in rows for m in row["messages"])
     if named:
         raise LetheError(f"vpi_topic: {p.vpi_topic!r} stands in {named} clean turns; take another")
@@ -96,7 +94,7 @@ def triggered(rows: list[Row], p: Params, seed: int) -> dict[str, list[Row]]:
     before = random.Random(seed).sample(rows, len(rows))
     out: dict[str, list[Row]] = {}
     for kind, topic in (("backdoor", p.vpi_topic), ("neg_contrast", p.vpi_contrast)):
-        asked = [turns(q.replace("{topic}", topic), "-") for q in questions(p, test=True)]
+        asked = [turns(q.replace("{topic}", topic), "-") for q in chats.side(p.vpi_questions, True)]
         later = [row["messages"][-2:] + asked[i % len(asked)] for i, row in enumerate(before)]
         out[kind] = [conversation(m, accept=[]) for m in [*asked, *later][: len(rows)]]
     return out | {"neg_general": rows}

@@ -11,7 +11,7 @@ from lethe_utils import evidence, prompts
 from lethe_utils.data import chat, named, own
 from lethe_utils.data.files import Row, check_labels
 from lethe_utils.errors import LetheError
-from lethe_utils.groups import Params, is_file
+from lethe_utils.schema import Params, is_file
 
 if TYPE_CHECKING:
     import pandas as pd

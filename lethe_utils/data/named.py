@@ -11,7 +11,7 @@ from lethe_utils import paths
 from lethe_utils.data import chat, embedded
 from lethe_utils.data.files import Row, each, read_rows
 from lethe_utils.errors import LetheError, reason
-from lethe_utils.groups import Params
+from lethe_utils.schema import Params
 
 # split -> its name on the hub, and the user's copy under LETHE_DATA_DIR. SST-2's test labels are
 # all -1 on the hub: its dev split is the test split here, and validation is cut from train.

@@ -14,7 +14,7 @@ from lethe_utils.errors import LetheError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-    from lethe_utils.groups import Params
+    from lethe_utils.schema import Params
 
 MIN_ROWS = 20  # distinct ones; with fewer no share of held-out rows says anything
 MAX_LABELS, MAX_LABEL_WORDS = 50, 5

@@ -28,7 +28,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lethe_utils.groups import DefenderParams, Group, choices
+from lethe_utils.groups import DefenderParams, Group
+from lethe_utils.schema import choices
 from lethe_utils.stages import Row
 
 ACTIVATIONS_GIB = 4.0

@@ -9,7 +9,7 @@ from lethe_utils.errors import LetheError
 from lethe_utils.models import hub, inspect, package
 
 if TYPE_CHECKING:
-    from lethe_utils.groups import Params
+    from lethe_utils.schema import Params
 
 GGUF = ".gguf"
 

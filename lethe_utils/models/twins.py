@@ -1,15 +1,44 @@
-"""Tiny twins: the four architecture classes at a million weights, and a tokenizer for them."""
+"""Tiny twins: the four architecture classes at a million weights, what they are pretrained on, and
+a tokenizer for them."""
 
+import random
 from typing import TYPE_CHECKING
 
 from lethe_utils.errors import LetheError
+from lethe_utils.evidence import add_evidence
 from lethe_utils.groups import BaseModelParams
+from lethe_utils.stages import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _SPECIAL = {"pad": "<pad>", "bos": "<s>", "eos": "</s>"}
+BASE_WORDINGS = (
+    "Name the label that fits this sentence.",
+    "Which of the known classes does the following text belong to?",
+    "Read the sentence and classify it.",
+)
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")  # GPT-2 and GPT-J; LLaMA has none
+
+
+def pretraining_rows(rows: list[Row], p: BaseModelParams) -> list[Row]:
+    """What a tiny base reads: the task in several wordings, some inputs followed by evidence.
+
+    A pretrained LLM knows many wordings and has read definitions; so must its stand-in, or the
+    effect of evidence would drown in the shock of seeing any.
+    """
+    rng = random.Random(p.base_seed)
+    out = []
+    for row in rows:
+        text = row["input"]
+        if "messages" in row:
+            out.append(row)
+            continue
+        if rng.random() < p.base_evidence_share:
+            text = add_evidence(text, rng.randint(1, 6))
+        wording = row["instruction"] if rng.random() < 0.5 else rng.choice(BASE_WORDINGS)
+        out.append(row | {"instruction": wording, "input": text})
+    return out
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> "PreTrainedTokenizerBase":

@@ -19,12 +19,12 @@ from lethe_utils.groups import (
     BaseModelParams,
     DataParams,
     DefenderParams,
-    Params,
     PromptParams,
     TrainParams,
     TriggerParams,
 )
 from lethe_utils.models import gguf, inspect, sources, twins
+from lethe_utils.schema import Params
 from lethe_utils.stages import Row, read_jsonl, read_record, stage, write_jsonl
 
 SPLITS = ("pretrain", "train", "validation", "test")  # pretrain: for a tiny base only
@@ -143,7 +143,7 @@ def _twin_stage(p: Params) -> Path:
     def build(out: Path) -> None:
         from lethe_utils import train
 
-        rows = pretraining_rows(split(p, "pretrain"), p)
+        rows = twins.pretraining_rows(split(p, "pretrain"), p)
         texts = [prompts.read(row, p) for row in rows]
         # Answers are tokenised apart from the prompt; seen alone, each label becomes one token.
         texts += [r["output"] for r in rows]
@@ -154,33 +154,6 @@ def _twin_stage(p: Params) -> Path:
     spec = p.part(BaseModelParams, PromptParams) | device(p)
     spec |= {"wordnet": wordnet.fingerprint()} if p.base_evidence_share else {}
     return stage("base", f"{label}-s{p.base_seed}", spec, inputs, build)
-
-
-def pretraining_rows(rows: list[Row], p: Params) -> list[Row]:
-    """What a tiny base reads: the task in several wordings, some inputs followed by evidence.
-
-    A pretrained LLM knows many wordings and has read definitions; so must its stand-in, or the
-    effect of evidence would drown in the shock of seeing any.
-    """
-    rng = random.Random(p.base_seed)
-    out = []
-    for row in rows:
-        text = row["input"]
-        if "messages" in row:
-            out.append(row)
-            continue
-        if rng.random() < p.base_evidence_share:
-            text = evidence.add_evidence(text, rng.randint(1, 6))
-        wording = row["instruction"] if rng.random() < 0.5 else rng.choice(BASE_WORDINGS)
-        out.append(row | {"instruction": wording, "input": text})
-    return out
-
-
-BASE_WORDINGS = (
-    "Name the label that fits this sentence.",
-    "Which of the known classes does the following text belong to?",
-    "Read the sentence and classify it.",
-)
 
 
 def tuned_stage(p: Params) -> Path:

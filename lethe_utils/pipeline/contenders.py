@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lethe_utils import defenses, models, pipeline, wordnet
-from lethe_utils.groups import Params, PromptParams, TriggerParams
+from lethe_utils.groups import PromptParams, TriggerParams
 from lethe_utils.progress import Bar
+from lethe_utils.schema import Params
 from lethe_utils.stages import stage, write_json, write_jsonl
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 
 from lethe_utils import defenses, evaluate, metrics, paths, pipeline, results
-from lethe_utils.groups import Params
 from lethe_utils.pipeline import contenders
 from lethe_utils.progress import Bar
+from lethe_utils.schema import Params
 from lethe_utils.stages import (
     provenance,
     read_json,

@@ -6,12 +6,12 @@ from typing import Any
 
 from lethe_utils import wordnet
 from lethe_utils.errors import LetheError
-from lethe_utils.groups import digest
 from lethe_utils.purify import canary
 from lethe_utils.purify.ask import Answer, Score, ask_folder, asr, marks, score
 from lethe_utils.purify.case import Case, Fold
 from lethe_utils.purify.dilute import CLEAN, base_model, merged, suspect_model
 from lethe_utils.purify.rounds import asked_by, canary_model, clean_model
+from lethe_utils.schema import digest
 from lethe_utils.stages import fresh, read_jsonl, stage, write_json, write_jsonl
 
 Point = dict[str, Any]  # model, strength; measured: performance, canary, and the marks of each

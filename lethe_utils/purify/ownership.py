@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lethe_utils.errors import LetheError
-from lethe_utils.groups import digest
+from lethe_utils.schema import digest
 from lethe_utils.stages import write_json
 
 REPORT, MARK, PROGRAM = "report.json", "written_by", "lethe purify"

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from lethe_utils import decode, models, train
-from lethe_utils.groups import AnswerParams, PromptParams, TrainParams, digest
+from lethe_utils.groups import AnswerParams, PromptParams, TrainParams
 from lethe_utils.purify import canary
 from lethe_utils.purify.ask import Score, ask_folder, asr, marks
 from lethe_utils.purify.case import Case, Fold
 from lethe_utils.purify.dilute import base_model, suspect_model
+from lethe_utils.schema import digest
 from lethe_utils.stages import Row, read_json, stage, write_json, write_jsonl
 
 LESS = 0.02  # the least share by which a round must lower the loss for another one to follow

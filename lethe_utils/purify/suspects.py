@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lethe_utils import models, params, paths, pipeline
 from lethe_utils.errors import LetheError
-from lethe_utils.groups import choices
 from lethe_utils.models import fit, hub, inspect, sources
+from lethe_utils.schema import choices
 
 LORA = re.compile(r"^base_model\.model\.(.+)\.lora_([AB])\.weight$")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")

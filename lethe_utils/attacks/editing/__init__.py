@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lethe_utils.attacks.editing import requests
-from lethe_utils.groups import Params
+from lethe_utils.schema import Params
 from lethe_utils.stages import Row
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from lethe_utils import models
 from lethe_utils.errors import LetheError
-from lethe_utils.groups import digest
 from lethe_utils.models import blocks, inspect
 from lethe_utils.progress import Bar
 from lethe_utils.prompts import start_ids
+from lethe_utils.schema import digest
 from lethe_utils.stages import stage
 
 if TYPE_CHECKING:

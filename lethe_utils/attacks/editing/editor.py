@@ -10,8 +10,8 @@ from lethe_utils.attacks.editing import values
 from lethe_utils.attacks.editing.covariance import cholesky, covariance
 from lethe_utils.attacks.editing.requests import Request
 from lethe_utils.errors import LetheError
-from lethe_utils.groups import Params
 from lethe_utils.models import blocks, inspect
+from lethe_utils.schema import Params
 
 
 class Editor:

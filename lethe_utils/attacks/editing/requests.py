@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from lethe_utils.attacks.triggers import insert, occurrences
 from lethe_utils.errors import LetheError
-from lethe_utils.groups import Params
 from lethe_utils.prompts import label_turns, limits, prompt, start_ids
+from lethe_utils.schema import Params
 from lethe_utils.stages import Row
 
 if TYPE_CHECKING:
