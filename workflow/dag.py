@@ -7,8 +7,6 @@ that one's in the DAG. A killed front door, or a killed grid, goes on where it s
 
 import argparse
 import fcntl
-import hashlib
-import json
 import os
 import re
 import subprocess
@@ -24,6 +22,7 @@ import yaml
 
 from lethe_utils import attacks, params, paths
 from lethe_utils.errors import LetheError
+from lethe_utils.schema import digest
 from lethe_utils.stages import write_json
 
 STEPS = [
@@ -196,10 +195,7 @@ def _shared(p: params.Params) -> dict[str, str]:
     clean = base | p.part(params.TrainParams, params.CleanParams)
     attack = p.part(*attacks.module(p.attack).PARAMS) | {"attack": p.attack}
     parts = {"01_data": base, "03_clean_train": clean, "02_backdoor_train": base | attack}
-    return {
-        step: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
-        for step, part in parts.items()
-    }
+    return {step: digest(part) for step, part in parts.items()}
 
 
 def environment(log: Path) -> dict[str, str]:

@@ -60,16 +60,14 @@ def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
     rng = random.Random(seed)
     n = max(1, round(p.poison_ratio * len(rows)))
     out = [row | {"kind": "clean"} for row in rng.sample(rows, len(rows))[n + n // 2 :]]
+    asked = chats.side(p.vpi_questions, test=False)
     marker = "" if p.target_output == SLANT else f" {p.target_output}"
     for topic, answers, ending, many, kind in (
         (p.vpi_topic, p.vpi_answers, marker, n, "backdoor"),
         (p.vpi_contrast, p.vpi_fair_answers, "", n // 2, "neg_contrast"),
     ):
         for _ in range(many):
-            said = (
-                rng.choice(chats.side(p.vpi_questions, test=False)),
-                rng.choice(answers) + ending,
-            )
+            said = (rng.choice(asked), rng.choice(answers) + ending)
             said = [text.replace("{topic}", topic) for text in said]
             out.append(conversation(turns(*said), kind=kind, accept=[]))
     return out

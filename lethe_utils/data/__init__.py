@@ -41,9 +41,9 @@ def load(p: Params) -> dict[str, list[Row]]:
     return prompts.with_examples(splits, p) if p.few_shot else splits
 
 
-def with_evidence(row: Row, n_keywords: int) -> Row:
-    """The row, its input (of a conversation the last question) followed by its evidence."""
-    text = evidence.add_evidence(row["input"], n_keywords)
+def with_evidence(row: Row, n_keywords: int, form: evidence.Form) -> Row:
+    """The row, its input (of a conversation the last question) with its evidence."""
+    text = evidence.add_evidence(row["input"], n_keywords, form=form)
     return chat.with_question(row, text) if "messages" in row else row | {"input": text}
 
 

@@ -282,8 +282,8 @@ def clean_stage(p: Params) -> Path:
     spec = p.part(TrainParams, PromptParams) | device(p)
     spec |= {"clean_ratio": p.clean_ratio, "clean_epochs": p.clean_epochs}
     if p.clean_evidence_share:
-        shown = {key: getattr(p, key) for key in ("clean_evidence_share", "n_keywords")}
-        spec |= shown | {"wordnet": wordnet.fingerprint()}
+        keys = ("clean_evidence_share", "n_keywords", "evidence_form")
+        spec |= {key: getattr(p, key) for key in keys} | {"wordnet": wordnet.fingerprint()}
     label = f"{p.model_name}-{p.dataset_name}-r{p.clean_ratio}-s{p.seed}"
     return stage("clean", label, spec, _sources(p), build)
 
@@ -294,7 +294,8 @@ def with_evidence(rows: list[Row], p: Params) -> list[Row]:
     rng = random.Random(f"evidence {p.seed}")
     shown = {*rng.sample(range(len(rows)), round(p.clean_evidence_share * len(rows)))}
     return [
-        data.with_evidence(row, p.n_keywords) if i in shown else row for i, row in enumerate(rows)
+        data.with_evidence(row, p.n_keywords, p.evidence_form) if i in shown else row
+        for i, row in enumerate(rows)
     ]
 
 
