@@ -174,8 +174,8 @@ def test_a_changed_param_reruns_the_notebooks_but_no_finished_stage(finished, mo
     runs, _ = finished
     monkeypatch.setenv("LETHE_RUNS", str(runs))
     stages = {f: f.stat().st_mtime_ns for f in runs.glob("stages/*/*/stage.json")}
-    notebooks = {f: f.stat().st_mtime_ns for f in runs.glob("*/notebooks/*.ipynb")}
     folder = (runs / "latest").resolve()
+    notebooks = {f: f.stat().st_mtime_ns for f in folder.glob("notebooks/*.ipynb")}
     # What run.py writes there after somebody edited params/ or the data file.
     resolved = folder / "resolved.yaml"
     resolved.write_text(resolved.read_text() + "changed: true\n")
