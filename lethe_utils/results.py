@@ -5,6 +5,7 @@ its provenance with its `params`.
 """
 
 import os
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import pandas as pd
 from lethe_utils import paths
 from lethe_utils.errors import LetheError
 from lethe_utils.groups import SweepParams
+from lethe_utils.metrics import KEYS
 from lethe_utils.schema import Params
 from lethe_utils.stages import read_json, write_json, write_text
 
@@ -96,11 +98,13 @@ def load(p: Params, results_from: str) -> tuple[Measured, Path]:
 
 
 def release(run_id: str) -> Path:
-    """Copy a finished run into the released tables, in place of its earlier rows; returns its JSON.
+    """Copy a finished run into the released tables, in place of its earlier rows and of a released
+    run of the same model, data set, attack and seed; returns its JSON.
 
     Raises:
-        LetheError: the run is not finished, some of its code was not committed, or it differs in
-            more than the seed from a released one of the same setup.
+        LetheError: the run is not finished, some of its code was not committed, it differs in
+            more than the seed from a released one of the same setup, or it lacks what one of the
+            same seed has measured.
     """
     run, out = paths.run_dir(run_id), paths.released_dir()
     wanted = [*(run / name for name in (*TABLES, "params.json", "provenance.json"))]
@@ -119,19 +123,49 @@ def release(run_id: str) -> Path:
         )
     params = read_json(run / "params.json")
     _check_setups(released_params() | {run_id: params})
+    gone = _of_the_same_seed(run_id, params)
+    _check_kept(run, gone)
     (out / "runs").mkdir(parents=True, exist_ok=True)
     for name in TABLES:
-        write_text(out / name, _with_run(out / name, run / name, run_id))
+        write_text(out / name, _with_run(out / name, run / name, run_id, gone))
     content = {"run_id": run_id, "params": params} | provenance
     write_json(out / "runs" / f"{run_id}.json", content)
+    for other in gone:
+        (out / "runs" / f"{other}.json").unlink()
     return out / "runs" / f"{run_id}.json"
 
 
-def _with_run(released: Path, new: Path, run_id: str) -> str:
+def _of_the_same_seed(run_id: str, params: dict[str, Any]) -> list[str]:
+    """Other released runs of the same model, data set, attack and seed: two would put the same
+    items into a pooled cell twice, and its interval would be too narrow."""
+    named = itemgetter("model", "dataset", "attack", "seed")
+    others = released_params().items()
+    return [known for known, x in others if known != run_id and named(x) == named(params)]
+
+
+def _check_kept(run: Path, gone: list[str]) -> None:
+    """Refuse a run that lacks what one that it would replace has measured."""
+    for name, columns in (("results.csv", KEYS), ("sweeps.csv", ["sweep", "x", *KEYS])):
+        if not gone:
+            return
+        released = pd.read_csv(paths.released_dir() / name).query("run_id in @gone")
+        measured = {*pd.read_csv(run / name)[columns].itertuples(index=False, name=None)}
+        lost = {*released[columns].itertuples(index=False, name=None)} - measured
+        if lost:
+            what = name.removesuffix(".csv")
+            shown = sorted({str(x[columns.index("defense")]) for x in lost})
+            raise LetheError(
+                f"{run}: {what} of {', '.join(shown)}, which the released {', '.join(gone)} of the "
+                "same seed has, are not in it; run it with those defenses and sweeps too"
+            )
+
+
+def _with_run(released: Path, new: Path, run_id: str, gone: list[str]) -> str:
     """The released table with a run's rows, ordered by run; every number as it was written."""
     as_written = {"dtype": str, "keep_default_na": False}
     rows = [pd.read_csv(new, **as_written).assign(run_id=run_id)]
     if released.exists():
-        rows.insert(0, pd.read_csv(released, **as_written).query("run_id != @run_id"))
+        known = pd.read_csv(released, **as_written)
+        rows.insert(0, known[~known["run_id"].isin([run_id, *gone])])
     whole = pd.concat(rows, ignore_index=True).sort_values("run_id", kind="stable")
     return whole.to_csv(index=False)

@@ -93,6 +93,25 @@ def test_runs_of_one_setup_differ_in_their_seed_only(checkout):
         results.read_released()
 
 
+def test_no_item_is_released_twice(checkout):
+    """A second run of one seed, with more defenses, replaces the first; never with less."""
+    finished_run("a", seed=0)
+    results.release("a")
+    more = finished_run("a-all", seed=0, defense="all")
+    wanted = pd.concat([frame(row(defense=name, hits=80)) for name in ("slerp", "nad")])
+    wanted.assign(run_id="a-all").to_csv(more / "results.csv", index=False)
+    with pytest.raises(
+        LetheError, match="results of backdoored, which the released a of the same seed"
+    ):
+        results.release("a-all")
+    assert results.read_released().table["run_id"].tolist() == ["a"]
+    both = pd.concat([frame(row(hits=80)), wanted]).assign(run_id="a-all")
+    both.to_csv(more / "results.csv", index=False)
+    results.release("a-all")
+    assert results.read_released().table["run_id"].tolist() == ["a-all"] * 3
+    assert [*results.released_params()] == ["a-all"]
+
+
 def test_what_is_shown_is_the_released_results_or_the_runs_own(checkout):
     p = params.load()
     with pytest.raises(LetheError, match="no released results"):
