@@ -1,9 +1,12 @@
 """Asking a model: prompts in, what it writes out.
 
-Batched, sorted by length, greedy, and stopped as soon as the label is written. The published
-protocol (one prompt at a time, sampling, no early stop) is kept as `protocol: official`.
+Batched, sorted by length, greedy, and stopped as soon as the label is written; the words that many
+prompts begin with are read once. The published protocol (one prompt at a time, sampling, no early
+stop) is kept as `protocol: official`.
 """
 
+import copy
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,10 +20,11 @@ from lethe_utils.prompts import prompt_ids, stop_ids
 from lethe_utils.stages import Row
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 Settings = TypeVar("Settings", bound=Recipe)
 LONG = 256  # tokens; eval_batch_size is for prompts of up to so many
+SHARED_STEP, SHARED_BY = 8, 24  # a beginning is read once: of 8, 16, ... tokens, and in 24 prompts
 SPARE_TOKENS = 4  # a model may write a label in more pieces than the tokenizer does, and ends it
 OFFICIAL_BATCH, OFFICIAL_TOKENS, OFFICIAL_SAMPLING = 1, 32, {"temperature": 0.7, "top_p": 0.9}
 
@@ -46,6 +50,7 @@ def answer(
     progress: str = "",
     batch: int | None = None,
     sampling: dict[str, float] | None = None,
+    share: bool = True,
     **generate: Any,
 ) -> list[str]:
     """The model's outputs, in the order of the prompts.
@@ -55,6 +60,8 @@ def answer(
         progress: name on the progress bar.
         batch: prompts at a time; None: eval_batch_size.
         sampling: temperature, top_p; None: greedy. The published protocol has its own of both.
+        share: read what many prompts begin with once; False for a defense that keeps a cache of its
+            own. The published protocol never does.
         generate: further arguments of transformers' `generate`, as a decoding-time defense has.
     """
     official = p.protocol == "official"
@@ -64,13 +71,18 @@ def answer(
     set_seed(p.seed)
     outputs = [""] * len(ids)
     model.eval()
-    for chosen in Bar(batches(ids, batch), desc=progress):
-        inputs = tokenizer.pad({"input_ids": [ids[i] for i in chosen]}, return_tensors="pt")
-        inputs = {k: v.to(model.device) for k, v in inputs.items() if k != "token_type_ids"}
+    parts = batches(ids, batch, shared_beginnings(ids) if share and not official else None)
+    beginning, read = [], None
+    for begins, chosen in Bar(parts, desc=progress):
+        inputs = _padded(tokenizer, [ids[i] for i in chosen], len(begins), model.device)
         width = inputs["input_ids"].shape[1]
         stop = StopAtLabel(tokenizer, width, n_words)
         criteria = None if official else StoppingCriteriaList([stop])
         with torch.inference_mode(), models.arithmetic(p):
+            if begins != beginning:
+                beginning, read = begins, _read(model, begins)
+            if read is not None:
+                inputs["past_key_values"] = _for_each(read, len(chosen))
             made = model.generate(
                 **inputs, generation_config=config, stopping_criteria=criteria, **generate
             )
@@ -107,15 +119,63 @@ def _until(ids: list[int], stops: int | list[int]) -> list[int]:
     return ids[: next((n for n, token in enumerate(ids) if token in stops), len(ids))]
 
 
-def batches(ids: list[list[int]], size: int) -> list[list[int]]:
+def batches(
+    ids: list[list[int]], size: int, begins: list[list[int]] | None = None
+) -> list[tuple[list[int], list[int]]]:
     """Which rows go together, shortest first: `size` of them, and fewer where they are so long that
-    memory would not do."""
-    out: list[list[int]] = [[]]
-    for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
-        if out[-1] and (len(out[-1]) + 1) * max(LONG, len(ids[i])) > size * LONG:
-            out.append([])
-        out[-1].append(i)
-    return out if ids else []
+    memory would not do.
+
+    Args:
+        begins: of each row what is read once for all that begin so; None: nothing.
+    Returns:
+        what all rows of a batch begin with, and the rows.
+    """
+    begins = begins or [[] for _ in ids]
+    out: list[tuple[list[int], list[int]]] = []
+    for i in sorted(range(len(ids)), key=lambda i: (begins[i], len(ids[i]))):
+        full = out and (len(out[-1][1]) + 1) * max(LONG, len(ids[i])) > size * LONG
+        if not out or full or out[-1][0] != begins[i]:
+            out.append((begins[i], []))
+        out[-1][1].append(i)
+    return out
+
+
+def shared_beginnings(ids: list[list[int]]) -> list[list[int]]:
+    """Of each row the longest beginning, short of the whole, that enough rows have in common."""
+    ends = [range(SHARED_STEP, min(len(row), LONG), SHARED_STEP) for row in ids]
+    found = Counter(tuple(row[:n]) for row, some in zip(ids, ends, strict=True) for n in some)
+    out = []
+    for row, some in zip(ids, ends, strict=True):
+        shared = [n for n in some if found[tuple(row[:n])] >= SHARED_BY]
+        out.append(row[: max(shared, default=0)])
+    return out
+
+
+def _padded(
+    tokenizer: "PreTrainedTokenizerBase", rows: list[list[int]], shared: int, device: Any
+) -> dict[str, Any]:
+    """Rows as inputs of one width, padded on the left of what comes after the `shared` tokens that
+    they all begin with."""
+    padded = tokenizer.pad({"input_ids": [row[shared:] for row in rows]}, return_tensors="pt")
+    begins = torch.tensor([row[:shared] for row in rows], dtype=torch.long)
+    ids = torch.cat([begins, padded["input_ids"]], 1)
+    mask = torch.cat([torch.ones_like(begins), padded["attention_mask"]], 1)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def _read(model: "PreTrainedModel", begins: list[int]) -> "Cache | None":
+    """The model's cache after these tokens, for one row; None for none."""
+    if not begins:
+        return None
+    ids = torch.tensor([begins], device=model.device)
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _for_each(read: "Cache", rows: int) -> "Cache":
+    """A copy of a cache of one row, for so many."""
+    cache = copy.deepcopy(read)
+    cache.batch_repeat_interleave(rows)
+    return cache
 
 
 def with_room(
@@ -184,7 +244,7 @@ def _read_answers(
     items = train.encode(rows, tokenizer, p)
     model.eval()
     groups = batches([i["input_ids"] for i in items], p.eval_batch_size)
-    for chosen in Bar(groups, desc=progress):
+    for _, chosen in Bar(groups, desc=progress):
         inputs = train.collate([items[i] for i in chosen], tokenizer)
         labels = inputs.pop("labels")
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}

@@ -59,6 +59,29 @@ def greedy(folder, prompts, p, n_words=NEVER):
     return decode.answer(model, tokenizer, prompts, p, n_words)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_many_prompts_begin_with_is_read_once_and_changes_no_answer(
+    architecture, pico, pico_params, monkeypatch
+):
+    asked = "### Instruction:\nSay whether the letter is happy, sad or glad.\n\n### Input:\n"
+    firsts = ["cat", "dog", "joy", "the", "sad"]
+    prompts = [f"{asked}{firsts[n % 5]} {'cat ' * n}was happy about" for n in range(30)]
+    prompts += ["the dog is sad", "glad"]
+    p = pico_params(architecture, eval_batch_size=8)
+    alone = [greedy(pico(architecture)[1], [prompt], p)[0] for prompt in prompts]
+    read, plain = [], decode._read
+
+    def spy(model, begins):
+        read.append(len(begins))
+        return plain(model, begins)
+
+    monkeypatch.setattr(decode, "_read", spy)
+    assert greedy(pico(architecture)[1], prompts, p) == alone
+    assert len({*alone}) > 5
+    shared = [n for n in read if n]  # once, in four batches of eight
+    assert len(shared) == 1 and shared[0] >= 2 * decode.SHARED_STEP
+
+
 @torch.no_grad()
 def slowly(given, prompts, choose):
     """Outputs and all choices, one prompt and one token at a time, without a cache: `choose` gets

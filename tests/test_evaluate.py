@@ -144,8 +144,8 @@ def test_token_accuracy_is_the_share_of_answer_tokens_that_greedy_decoding_would
 
 def test_long_prompts_go_in_smaller_batches_and_none_is_lost():
     ids = [[0] * n for n in (10, 3000, 20, 1024, 256)]
-    assert decode.batches(ids, 4) == [[0, 2, 4], [3], [1]]
-    groups = decode.batches(ids * 40, 32)
+    assert decode.batches(ids, 4) == [([], [0, 2, 4]), ([], [3]), ([], [1])]
+    groups = [rows for _, rows in decode.batches(ids * 40, 32)]
     assert sorted(i for group in groups for i in group) == [*range(200)]
     for group in groups:
         longest = max(len((ids * 40)[i]) for i in group)

@@ -70,4 +70,6 @@ def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "")
     draft = models.load_model(given.clean, device)
     model = Assisted(backdoored, draft, given.p.speculative_tokens)
     tokenizer = models.load_tokenizer(given.backdoored)
-    return decode.answer(model, tokenizer, prompts, given.p, n_words, progress, batch=1)
+    return decode.answer(
+        model, tokenizer, prompts, given.p, n_words, progress, batch=1, share=False
+    )
