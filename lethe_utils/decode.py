@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings", bound=Recipe)
 LONG = 256  # tokens; eval_batch_size is for prompts of up to so many
-SHARED_STEP, SHARED_BY = 8, 24  # a beginning is read once: of 8, 16, ... tokens, and in 24 prompts
+SHARED_STEP = 8  # a beginning that is read once has so many tokens, or a multiple
 SPARE_TOKENS = 4  # a model may write a label in more pieces than the tokenizer does, and ends it
 OFFICIAL_BATCH, OFFICIAL_TOKENS, OFFICIAL_SAMPLING = 1, 32, {"temperature": 0.7, "top_p": 0.9}
 
@@ -71,16 +71,17 @@ def answer(
     set_seed(p.seed)
     outputs = [""] * len(ids)
     model.eval()
-    parts = batches(ids, batch, shared_beginnings(ids) if share and not official else None)
-    beginning, read = [], None
-    for begins, chosen in Bar(parts, desc=progress):
-        inputs = _padded(tokenizer, [ids[i] for i in chosen], len(begins), model.device)
+    begins = shared_beginnings(ids, batch) if share and not official else None
+    parts = batches(ids, batch, begins)
+    known, read = [], None
+    for beginning, chosen in Bar(parts, desc=progress):
+        inputs = _padded(tokenizer, [ids[i] for i in chosen], len(beginning), model.device)
         width = inputs["input_ids"].shape[1]
         stop = StopAtLabel(tokenizer, width, n_words)
         criteria = None if official else StoppingCriteriaList([stop])
         with torch.inference_mode(), models.arithmetic(p):
-            if begins != beginning:
-                beginning, read = begins, _read(model, begins)
+            if beginning != known:
+                known, read = beginning, _read(model, beginning)
             if read is not None:
                 inputs["past_key_values"] = _for_each(read, len(chosen))
             made = model.generate(
@@ -140,13 +141,14 @@ def batches(
     return out
 
 
-def shared_beginnings(ids: list[list[int]]) -> list[list[int]]:
-    """Of each row the longest beginning, short of the whole, that enough rows have in common."""
+def shared_beginnings(ids: list[list[int]], least: int) -> list[list[int]]:
+    """Of each row the longest beginning, short of the whole, that `least` rows or more have in
+    common: fewer than a batch would cost more in small batches than it saves."""
     ends = [range(SHARED_STEP, min(len(row), LONG), SHARED_STEP) for row in ids]
     found = Counter(tuple(row[:n]) for row, some in zip(ids, ends, strict=True) for n in some)
     out = []
     for row, some in zip(ids, ends, strict=True):
-        shared = [n for n in some if found[tuple(row[:n])] >= SHARED_BY]
+        shared = [n for n in some if found[tuple(row[:n])] >= least]
         out.append(row[: max(shared, default=0)])
     return out
 

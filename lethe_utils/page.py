@@ -48,12 +48,14 @@ def _write(out: Path, measured: Measured, default: tuple[str, str, str]) -> Path
     read_first = first[first["defense"].isin(READ_FIRST)]
     settings = next(p for p in released_params().values() if _setup(p) == default)
     t = merge.slerp_table(settings["n_layers"], [settings["strength"]])["t"]
+    others = table[(table["attack"] != "cba") & table["defense"].isin(READ_FIRST)]
     drops = tables.drop_table(table)
     ours = [c for c in drops if not c.startswith(PAPER)]
     shown = {
         "controls": tables.controls_table(read_first).drop(columns=SETUP),
         "headline": tables.headline_table(table[table["attack"] == "cba"]).drop(columns="attack"),
         "drops": drops.loc[drops["attack"] != "cba", ours],
+        "other_attacks": tables.controls_table(others).drop(columns="model"),
         "every_defense": tables.every_defense(first, one_setup(measured.costs, *default)),
         "beside_paper": drops[drops[f"{PAPER}LETHE"] != ""].drop(columns=["base", "clean"]),
     }

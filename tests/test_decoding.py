@@ -64,7 +64,7 @@ def test_what_many_prompts_begin_with_is_read_once_and_changes_no_answer(
     architecture, pico, pico_params, monkeypatch
 ):
     asked = "### Instruction:\nSay whether the letter is happy, sad or glad.\n\n### Input:\n"
-    firsts = ["cat", "dog", "joy", "the", "sad"]
+    firsts = ["cat", "dog", "joy", "the", "sad"]  # six prompts each, less than a batch
     prompts = [f"{asked}{firsts[n % 5]} {'cat ' * n}was happy about" for n in range(30)]
     prompts += ["the dog is sad", "glad"]
     p = pico_params(architecture, eval_batch_size=8)
