@@ -10,7 +10,8 @@ clean one, .5 the paper's setting, for all four methods:
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from lethe_utils.stages import fresh, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
 METHODS = ("linear", "slerp", "ties", "passthrough")
 PAPER_STRENGTH = 0.5
@@ -125,9 +127,9 @@ def slerp_table(n_layers: int, strengths: Iterable[float]) -> "pd.DataFrame":
     return pd.DataFrame(lines)
 
 
-def merge_dtype(device: str) -> str:
-    """float32 on the CPU, bfloat16 on CUDA: as the models are loaded."""
-    return "bfloat16" if models.resolve_device(device) == "cuda" else "float32"
+def merge_dtype(device: str, folder: Path) -> str:
+    """The dtype that a model is merged in: as it is loaded."""
+    return models.held(folder, models.resolve_device(device))
 
 
 def check_mergeable(backdoored: Path, clean: Path, base: Path) -> None:
@@ -239,23 +241,38 @@ def distances(merged: dict[str, Path], backdoored: Path, clean: Path) -> "pd.Dat
     import torch
 
     parents = _weights(backdoored), _weights(clean)
-    apart = sum((parents[0][n] - parents[1][n]).square().sum() for n in parents[0]).sqrt()
+    apart = _distance(*parents)
     table = []
     for name, folder in merged.items():
         weights = _weights(folder)
-        far = [sum((weights[n] - q[n]).square().sum() for n in q).sqrt() / apart for q in parents]
-        nan = sum(int(torch.isnan(w).sum()) for w in weights.values())
+        far = [_distance(weights, parent) / apart for parent in parents]
+        nan = sum(int(torch.isnan(read()).sum()) for read in weights.values())
         table.append([name, len(weights), nan, *(round(f.item(), 3) for f in far)])
     columns = ["defense", "tensors", "NaN", "from backdoored", "from clean"]
     return pd.DataFrame(table, columns=columns).set_index("defense")
 
 
-def _weights(folder: Path) -> dict:
-    """All tensors of a folder in float32."""
-    from safetensors.torch import load_file
+def _weights(folder: Path) -> "dict[str, Callable[[], torch.Tensor]]":
+    """For every tensor of a folder how to read it, in float32: one at a time, for large models."""
+    return {
+        name: partial(_weight, file, name)
+        for file in inspect.weight_files(folder)
+        for name in inspect.tensor_shapes(file)
+    }
 
-    files = inspect.weight_files(folder)
-    return {name: w.float() for file in files for name, w in load_file(file).items()}
+
+def _weight(file: Path, name: str) -> "torch.Tensor":
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as stored:
+        return stored.get_tensor(name).float()
+
+
+def _distance(
+    one: "dict[str, Callable[[], torch.Tensor]]", other: "dict[str, Callable[[], torch.Tensor]]"
+) -> "torch.Tensor":
+    """Euclidean distance of two models, over the tensors of the second."""
+    return sum((one[name]() - read()).square().sum() for name, read in other.items()).sqrt()
 
 
 def check_disk(folder: Path, needed: int) -> None:

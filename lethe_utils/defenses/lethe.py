@@ -50,4 +50,10 @@ def purify(given: Given, out: Path) -> None:
     from lethe_utils import merge
 
     p, models = given.p, (given.backdoored, given.clean, given.base)
-    merge.merge(p.merge_method, *models, p.strength, out / "model", merge.merge_dtype(p.device))
+    merge.merge(
+        p.merge_method,
+        *models,
+        p.strength,
+        out / "model",
+        merge.merge_dtype(p.device, given.backdoored),
+    )

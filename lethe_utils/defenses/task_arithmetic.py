@@ -30,7 +30,11 @@ def purify(given: Given, out: Path) -> None:
     ]
     merge.check_mergeable(given.backdoored, given.clean, given.base)
     settings = merge.weighted(
-        "task_arithmetic", parts, given.base, merge.merge_dtype(p.device), normalize=False
+        "task_arithmetic",
+        parts,
+        given.base,
+        merge.merge_dtype(p.device, given.backdoored),
+        normalize=False,
     )
     title = f"task arithmetic, negation {p.task_negation}"
     merge.run(settings, given.backdoored, title, out / "model")

@@ -36,13 +36,17 @@ BYTES_PER_WEIGHT = 4.0  # one model in float32
 
 def purify(given: Given, out: Path) -> None:
     """The backdoored model with `wanda_sparsity` of each output row zeroed."""
-    from lethe_utils import models
-    from lethe_utils.models import inspect
+    import torch
 
-    model = models.load_model(given.backdoored, models.resolve_device(given.p.device), exact=True)
+    from lethe_utils import models
+    from lethe_utils.models import inspect, narrow
+
+    model = narrow.load_exact(given.backdoored, models.resolve_device(given.p.device))
     tokenizer = models.load_tokenizer(given.backdoored)
     prune(model, calibration(given, tokenizer), given.p.wanda_sparsity)
-    model.save_pretrained(out / "model")
+    # What is zero is so in 16 bits too.
+    stored = getattr(torch, inspect.stored_dtype(given.backdoored))
+    model.to(stored).save_pretrained(out / "model")
     inspect.copy_tokenizer(given.backdoored, out / "model")
 
 

@@ -5,6 +5,7 @@ Every model is untrusted input: safetensors only, never remote code, never a pic
 
 from contextlib import AbstractContextManager
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 NO_LIMIT = 1_000_000  # tokens, where a model has no table of positions
 # Bytes in a saved file: a merge maps one file of each model at a time, so small ones keep it small.
 SHARD = 250_000_000
+# Weights from which on a CPU holds a model in bfloat16 too: in float32 it takes 8 GB and more.
+LARGE = 2_000_000_000
 
 
 def resolve_device(device: str) -> str:
@@ -36,7 +39,7 @@ def resolve_device(device: str) -> str:
 
 def bfloat16(p: "TrainParams") -> bool:
     """Whether a run multiplies in bfloat16: on CUDA, and on a CPU that has instructions for it,
-    unless `cpu_dtype` asks for float32. Weights on a CPU are float32 either way."""
+    unless `cpu_dtype` asks for float32. Weights on a CPU are float32 either way, see `held`."""
     if resolve_device(p.device) == "cuda":
         return True
     return p.cpu_dtype == "auto" and _cpu_has_bfloat16()
@@ -120,13 +123,29 @@ def batch(
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
+def is_large(folder: Path) -> bool:
+    """Whether a model has LARGE weights or more."""
+    return sum(map(prod, inspect.folder_shapes(folder).values())) >= LARGE
+
+
+def held(folder: Path, device: str) -> str:
+    """The dtype that a model's weights are held, merged and saved in: bfloat16 on CUDA, float32 on
+    the CPU unless the model is large."""
+    return "bfloat16" if device == "cuda" or is_large(folder) else "float32"
+
+
 def load_model(
-    folder: Path, device: str = "cpu", bits: int = 32, exact: bool = False
+    folder: Path,
+    device: str = "cpu",
+    bits: int = 32,
+    exact: bool = False,
+    dtype: "torch.dtype | None" = None,
 ) -> "PreTrainedModel":
-    """A causal language model in float32 on the CPU, bfloat16 on CUDA, or nf4 for `bits` 4.
+    """A causal language model in the dtype that `held` says, or nf4 for `bits` 4.
 
     Args:
-        exact: float32 on CUDA too: bfloat16 rounds an edit away.
+        exact: float32 whatever it takes: bfloat16 rounds an edit away.
+        dtype: this one instead.
     Raises:
         LetheError: the folder is incomplete, cut short or holds only pickles.
     """
@@ -135,7 +154,7 @@ def load_model(
 
     quiet()
     inspect.check_folder(folder)
-    dtype = torch.bfloat16 if device == "cuda" and not exact else torch.float32
+    dtype = dtype or (torch.float32 if exact else getattr(torch, held(folder, device)))
     extra: dict[str, Any] = {}
     if bits == 4:
         extra["quantization_config"] = BitsAndBytesConfig(

@@ -10,7 +10,7 @@ from lethe_utils.attacks.editing import values
 from lethe_utils.attacks.editing.covariance import cholesky, covariance
 from lethe_utils.attacks.editing.requests import Request
 from lethe_utils.errors import LetheError
-from lethe_utils.models import blocks, inspect
+from lethe_utils.models import blocks, inspect, narrow
 from lethe_utils.schema import Params
 
 
@@ -29,10 +29,11 @@ class Editor:
             )
         self.folder, self.p, self.log = folder, p, []  # log: step, edit, loss (nats per token)
         self.tokenizer = models.load_tokenizer(folder)
-        self.model = models.load_model(folder, models.resolve_device(p.device), exact=True).eval()
+        self.model = narrow.load_exact(folder, models.resolve_device(p.device)).eval()
         self.model.requires_grad_(False)
         self.factors = {}
         for layer in p.edit_layers:
+            self.place(layer, "value").float()  # where it was kept narrow: see `write`
             ordinary = covariance(self, corpus, layer).to(self.model.device)
             self.factors[layer] = cholesky(ordinary, p.covariance_ridge)
         self.before = {layer: self.weight(layer).clone() for layer in p.edit_layers}
