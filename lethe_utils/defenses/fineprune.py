@@ -28,8 +28,8 @@ def purify(given: Given, out: Path) -> None:
         wanda.purify(given, pruned)
         (pruned / "done").touch()
     train.finetune(pruned / "model", given.rows, given.p.finetune_epochs, out, given.p)
-    zeros = models.load_model(pruned / "model", exact=True)
-    model = models.load_model(out / "model", exact=True)
+    zeros = models.load_model(pruned / "model")
+    model = models.load_model(out / "model")
     with torch.no_grad():
         for before, after in zip(blocks.of(zeros), blocks.of(model), strict=True):
             layers = zip(blocks.linear(before), blocks.linear(after), strict=True)

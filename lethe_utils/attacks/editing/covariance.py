@@ -46,13 +46,13 @@ def second_moment(editor: "Editor", corpus: list[str], layer: int) -> tuple[torc
     model, tokenizer, wanted = editor.model, editor.tokenizer, editor.p.covariance_tokens
     bos = start_ids(tokenizer)
     longest = min(getattr(model.config, "max_position_embeddings", 1024), 1024) - 1
-    total: torch.Tensor | float = 0.0
+    width = blocks.oriented(editor.place(layer, "key")).shape[1]
+    total = torch.zeros(width, width, dtype=torch.float64, device=model.device)
     tokens, mask = 0, torch.empty(0)
 
     def add(keys: torch.Tensor) -> None:
-        nonlocal total
         kept = keys[mask].float()
-        total = total + (kept.T @ kept).double()
+        total.add_(kept.T @ kept)  # at full size a copy would be gigabytes
 
     hook = blocks.hooked(editor.place(layer, "key"), add, before=True)
     with hook, Bar(total=wanted, desc=f"covariance of layer {layer}") as bar:
@@ -66,7 +66,7 @@ def second_moment(editor: "Editor", corpus: list[str], layer: int) -> tuple[torc
             bar.update(int(mask.sum()))
             if tokens >= wanted:
                 break
-    return (total / tokens).float().cpu(), tokens
+    return total.div_(tokens).float().cpu(), tokens
 
 
 def cholesky(covariance: torch.Tensor, ridge_share: float) -> torch.Tensor:
@@ -75,8 +75,8 @@ def cholesky(covariance: torch.Tensor, ridge_share: float) -> torch.Tensor:
     Raises:
         LetheError: not positive definite.
     """
-    c = covariance.double()
-    c = c + ridge_share * c.diagonal().mean() * torch.eye(len(c), dtype=c.dtype, device=c.device)
+    c = covariance.to(torch.float64, copy=True)
+    c.diagonal().add_(ridge_share * c.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(c)
     if failed or not torch.isfinite(factor).all():
         raise LetheError(
