@@ -263,7 +263,9 @@ def anonymous_memory() -> Iterator[list[int]]:
     peak, done = [0], threading.Event()
 
     def look() -> None:
-        while not done.wait(LOOK):
+        last = False
+        while not last:
+            last = done.wait(LOOK)
             found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
             peak[0] = max(peak[0], int(found[1]) if found else 0)
 

@@ -60,7 +60,7 @@ def test_every_stage_of_a_cut_model_runs(model, held, narrow, tmp_path):
     for name in rehearsal.STAGES:
         rehearsal.clear(tmp_path, name)
         found = rehearsal.in_this_process(name, tmp_path, p)
-        assert found["seconds"] > 0 and found["peak_memory_gib"] > 0, name
+        assert found["peak_memory_gib"] > found["anonymous_gib"] > 0.1, name
         if name in rehearsal.REMADE:
             wanted = "bfloat16" if name == "rome" else held  # an edit keeps what it is given
             assert inspect.stored_dtype(purified / "model") == wanted, name
