@@ -22,7 +22,7 @@ SMALL = {
     "device": "cpu",
     "edit_layers": [1],
     "edit_contexts": 4,
-    "edit_batches": 1,
+    "edit_batches": 2,  # the second starts from the first, unrounded
     "edit_steps": 3,
     "edit_stop_loss": 0.0,
     "covariance_tokens": 500,
