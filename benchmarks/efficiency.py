@@ -64,8 +64,9 @@ def training(p: Params, base: Path, rows: int, out: Path) -> dict[str, float | s
     inner = blocks.of(model.get_base_model()).named_parameters()
     weights = sum(w.numel() for name, w in inner if "lora_" not in name)
     dtype = torch.bfloat16 if models.bfloat16(p) else torch.float32
-    rates = [product_rate(dtype)]
     loss = train.plain_loss
+    train.fit(model, tokenizer, some[: p.batch_size], 1, out / "first", p, loss)  # the slow step
+    rates = [product_rate(dtype)]
     taken = seconds(lambda: train.fit(model, tokenizer, some, 1, out, p, loss))
     rates.append(product_rate(dtype))
     model.merge_and_unload().save_pretrained(out / "model", max_shard_size=models.SHARD)

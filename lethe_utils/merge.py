@@ -136,7 +136,8 @@ def check_mergeable(backdoored: Path, clean: Path, base: Path) -> None:
     """Refuse models that do not fit together, before anything is written; see models.fit."""
     for other in (clean, base):
         fit.check_weights(other, backdoored)
-        fit.check_tokens(models.load_tokenizer(other), other, backdoored)
+        if not fit.same_tokenizer(other, backdoored):
+            fit.check_tokens(models.load_tokenizer(other), other, backdoored)
 
 
 def merge(

@@ -61,3 +61,14 @@ def test_a_tokenizer_may_add_tokens_only_where_said_and_never_renumber_them(pair
     foreign = twins.train_tokenizer(["quite other words"] * 3, 300)
     message = error(fit.check_tokens, foreign, one, other, grown=True)
     assert message.startswith(f"{one}: its tokenizer differs from the one of {other}")
+
+
+def test_copied_tokenizers_are_known_without_being_read(pico, tmp_path):
+    one, other, _ = pico("gpt2")
+    copy = shutil.copytree(other, tmp_path / "copy")
+    assert fit.same_tokenizer(one, other) and fit.same_tokenizer(copy, one)
+    with (copy / "tokenizer.json").open("a") as file:  # another byte, the same tokens
+        file.write(" ")
+    assert not fit.same_tokenizer(copy, one)
+    (copy / "tokenizer.json").unlink()
+    assert not fit.same_tokenizer(copy, one) and not fit.same_tokenizer(one, copy)

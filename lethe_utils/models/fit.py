@@ -1,5 +1,6 @@
 """Do two models fit: the same class, settings, tensors and tokens. Nothing here loads weights."""
 
+import filecmp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,15 @@ def check_weights(one: Path, other: Path, grown: bool = False) -> int:
             raise LetheError(f"{one}: {name} has shape {mine}, but {its} in {other}; {_FIX}")
         added = mine[0] - its[0]
     return added
+
+
+def same_tokenizer(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same tokenizer files, byte for byte: then there is no need to
+    read them, which takes longer than the check of the weights."""
+    ours, theirs = inspect.tokenizer_files(one), inspect.tokenizer_files(other)
+    names = [[f.name for f in files] for files in (ours, theirs)]
+    pairs = zip(ours, theirs, strict=False)
+    return names[0] == names[1] and all(filecmp.cmp(*pair, shallow=False) for pair in pairs)
 
 
 def check_tokens(
