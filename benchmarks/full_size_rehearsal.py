@@ -70,7 +70,6 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 ROWS = 8  # one batch of the recipe; with one epoch a step, the other batches of a step are left out
 STEPS = 2
 SHORT = {
-    "device": "auto",
     "wanda_samples": ROWS,
     "eval_batch_size": ROWS,
     "edit_contexts": 4,
