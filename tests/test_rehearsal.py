@@ -6,8 +6,9 @@ from math import prod
 
 import pytest
 
-from lethe_utils import models, paths, pipeline, train
+from lethe_utils import models, paths, train
 from lethe_utils.models import inspect
+from lethe_utils.stages import read_json
 
 sys.path.insert(0, str(paths.root() / "benchmarks"))
 import full_size_rehearsal as rehearsal  # noqa: E402
@@ -49,23 +50,31 @@ def narrow(monkeypatch):
 
 
 @pytest.mark.parametrize(("model", "held"), [("gpt2-xl", "float32"), ("llama-7b", "bfloat16")])
-def test_every_stage_of_a_cut_model_runs(model, held, narrow, tmp_path):
+def test_every_stage_of_a_cut_model_runs(model, held, narrow, monkeypatch, tmp_path):
     config, p = narrow(model)
     base, purified = tmp_path / "base", tmp_path / "purified"
-    rehearsal.write(config, pipeline.ordinary_text(p), base)
-    inspect.check_model(base)
-    assert inspect.stored_dtype(base) == "bfloat16"
-    lengths = [i["length"] for i in train.encode(rehearsal.long_rows(base, p), *encoder(base, p))]
-    assert 310 <= max(lengths) <= 320
-    for name in rehearsal.STAGES:
-        rehearsal.clear(tmp_path, name)
-        found = rehearsal.in_this_process(name, tmp_path, p)
+
+    def here(name, place, words):
+        assert words == [model, "--blocks=2"]
+        rehearsal.clear(place, name)
+        found = rehearsal.in_this_process(name, place, p)
         assert found["peak_memory_gib"] > found["anonymous_gib"] > 0.1, name
         if name in rehearsal.REMADE:
             wanted = "bfloat16" if name == "rome" else held  # an edit keeps what it is given
             assert inspect.stored_dtype(purified / "model") == wanted, name
             assert inspect.folder_shapes(purified / "model") == inspect.folder_shapes(base), name
+        return found
+
+    monkeypatch.setattr(rehearsal, "in_its_own", here)
+    rehearsal.rehearse(model, 2, tmp_path, tmp_path / "out.json")
+    inspect.check_model(base)
+    assert inspect.stored_dtype(base) == "bfloat16"
     assert inspect.stored_dtype(tmp_path / "backdoored/model") == held
+    lengths = [i["length"] for i in train.encode(rehearsal.long_rows(base, p), *encoder(base, p))]
+    assert 310 <= max(lengths) <= 320
+    record = read_json(tmp_path / "out.json")[model]
+    assert [*record["stages"]] == ["write", *rehearsal.STAGES] and record["blocks"] == 2
+    assert record["weights"] == sum(map(prod, rehearsal.shapes(config).values()))
 
 
 def encoder(folder, p):
