@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from lethe_utils import defenses, models, pipeline, wordnet
 from lethe_utils.groups import PromptParams, TriggerParams
+from lethe_utils.models import sources
 from lethe_utils.progress import Bar
 from lethe_utils.schema import Params
 from lethe_utils.stages import stage, write_json, write_jsonl
@@ -160,7 +161,7 @@ def answers_file(
     }
     if n_keywords:
         spec |= {"wordnet": wordnet.fingerprint(), "evidence_form": p.evidence_form}
-    inputs = {"data": pipeline.data_stage(p), "model": source(c)}
+    inputs = {"data": pipeline.data_stage(p), "model": source(p, c)}
     if c.respond:
         module = defenses.module(c.defense)
         spec |= c.respond.p.part(*module.PARAMS)
@@ -177,16 +178,18 @@ def answers_file(
         write_json(out / "timing.json", {"seconds": round(seconds, 3)})
         write_jsonl(out / "answers.jsonl", answers)
 
-    label = f"{p.setup}-{_named(c)}-k{n_keywords}-s{p.seed}"
+    label = f"{p.setup}-{named(c)}-k{n_keywords}-s{p.seed}"
     return stage("answers", label, spec, inputs, build) / "answers.jsonl"
 
 
-def source(c: Contender) -> Path:
-    """The stage that made a model, or the folder it was given as."""
-    return c.folder.parent if c.folder.name == "model" else c.folder
+def source(p: Params, c: Contender) -> Path:
+    """A path whose last part says which model this is: the stage that made it, or what a base that
+    was given holds."""
+    return sources.content(p, c.folder) if c.name == "base" else c.folder.parent
 
 
-def _named(c: Contender) -> str:
+def named(c: Contender) -> str:
+    """A model's name in that of a stage: a merge's with its strength."""
     return c.name if c.strength is None else f"{c.name}-{c.strength:g}"
 
 
@@ -203,8 +206,8 @@ def references_file(p: Params, c: Contender) -> Path:
 
     spec = p.part(PromptParams) | pipeline.device(p)
     spec |= {"items": p.max_test_items, "eval_batch_size": p.eval_batch_size}
-    inputs = {"data": pipeline.data_stage(p), "model": source(c)}
-    label = f"{p.model_name}-{p.dataset_name}-{_named(c)}-s{p.seed}"
+    inputs = {"data": pipeline.data_stage(p), "model": source(p, c)}
+    label = f"{p.model_name}-{p.dataset_name}-{named(c)}-s{p.seed}"
     return stage("references", label, spec, inputs, build) / "references.jsonl"
 
 

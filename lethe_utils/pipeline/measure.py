@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from lethe_utils import decode, defenses, evaluate, metrics, paths, pipeline, results
-from lethe_utils.pipeline import contenders
+from lethe_utils.pipeline import contenders, utility
 from lethe_utils.progress import Bar
 from lethe_utils.schema import Params
 from lethe_utils.stages import (
@@ -20,12 +20,13 @@ from lethe_utils.stages import (
 
 
 def measure(p: Params) -> pd.DataFrame:
-    """ASR, CDA and FTR of every model of the run, with and without evidence, on the test split."""
+    """ASR, CDA and FTR of every model of the run, with and without evidence, on the test split; and
+    utility, where it is asked for."""
     out, labels = [], pipeline.labels(p)
     for c, k in Bar(_asked(p), desc="evaluating"):
         answers = read_jsonl(contenders.tested_file(p, c, k))
         out += evaluate.rows(p, answers, "test", labels, [] if k else _known(p, c))
-    return pd.DataFrame(out)[metrics.COLUMNS]
+    return pd.DataFrame(out + utility.measure(p))[metrics.COLUMNS]
 
 
 def _known(p: Params, c: contenders.Contender) -> list[decode.Known]:
