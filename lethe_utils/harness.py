@@ -74,8 +74,8 @@ def _manager(with_its_own: bool) -> "TaskManager":
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise LetheError(
-            f"utility: needs lm-evaluation-harness ({reason(error)}); `pip install '.[utility]'` "
-            "in lethe's environment (.venv) installs it, and `-p utility '[]'` does without"
+            f"utility: needs lm-evaluation-harness ({reason(error)}); in lethe's environment "
+            "`pip install -e '.[utility]'` installs it, and `-p utility '[]'` does without"
         ) from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return TaskManager(include_defaults=with_its_own)

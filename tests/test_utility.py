@@ -44,7 +44,7 @@ def test_utility_without_the_harness_is_one_clear_error(monkeypatch):
     for name in ("lm_eval", "lm_eval.tasks"):
         monkeypatch.setitem(sys.modules, name, None)
     utility.check(params.load())  # which asks for none
-    with pytest.raises(LetheError, match=r"utility: .*pip install '.\[utility\]'"):
+    with pytest.raises(LetheError, match=r"utility: .*pip install -e '.\[utility\]'"):
         utility.check(params.load(overrides={"utility": [OWN]}))
 
 
