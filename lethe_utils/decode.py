@@ -8,7 +8,7 @@ stop) is kept as `protocol: official`.
 import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, set_seed
@@ -190,6 +190,35 @@ def with_room(
     return p.model_copy(update={"max_new_tokens": max(p.max_new_tokens, needed)})
 
 
+class Known(NamedTuple):
+    """How well a model knows one true answer: each token given the true ones before it."""
+
+    right: int  # tokens that greedy decoding would write
+    tokens: int  # that the answer has
+    nats: float  # negative log-likelihood of them all
+
+
+def known_answers(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: list[Row],
+    p: Recipe,
+    progress: str = "",
+) -> list[Known]:
+    """How well a model knows each row's answer, where that is a text: without judging wording."""
+    out = [Known(0, 0, 0.0)] * len(rows)
+    for chosen, logits, labels in _read_answers(model, tokenizer, rows, p, progress):
+        counted = labels != train.IGNORED
+        right = (logits.argmax(-1) == labels) & counted
+        nats = torch.nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), labels, ignore_index=train.IGNORED, reduction="none"
+        )
+        sums = (of.sum(1).tolist() for of in (right, counted, nats))
+        for i, found in zip(chosen, zip(*sums, strict=True), strict=True):
+            out[i] = Known(*found)
+    return out
+
+
 def token_accuracy(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -197,40 +226,17 @@ def token_accuracy(
     p: Recipe,
     progress: str = "",
 ) -> list[float]:
-    """Per row the share of its answer's tokens that greedy decoding would write, each given the
-    true ones before it: how well a model knows an answer that is a text, without judging wording.
-    """
-    return [right / n for right, n in token_counts(model, tokenizer, rows, p, progress)]
-
-
-def token_counts(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    rows: list[Row],
-    p: Recipe,
-    progress: str = "",
-) -> list[tuple[int, int]]:
-    """Per row how many of its answer's tokens are right, as in token_accuracy, and how many it
-    has."""
-    counts = [(0, 0)] * len(rows)
-    for chosen, logits, labels in _read_answers(model, tokenizer, rows, p, progress):
-        counted = labels != train.IGNORED
-        right = (logits.argmax(-1) == labels) & counted
-        found = zip(right.sum(1).tolist(), counted.sum(1).tolist(), strict=True)
-        for i, pair in zip(chosen, found, strict=True):
-            counts[i] = pair
-    return counts
+    """Per row the share of its answer's tokens that greedy decoding would write; see Known."""
+    known = known_answers(model, tokenizer, rows, p, progress)
+    return [one.right / one.tokens for one in known]
 
 
 def mean_loss(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[Row], p: Recipe
 ) -> float:
     """Mean cross-entropy (nats) over all answer tokens of some rows, without training on them."""
-    total = tokens = 0.0
-    for _, logits, labels in _read_answers(model, tokenizer, rows, p, "reading answers"):
-        n = int((labels != train.IGNORED).sum())
-        total, tokens = total + float(train.cross_entropy(logits, labels)) * n, tokens + n
-    return total / tokens
+    known = known_answers(model, tokenizer, rows, p, "reading answers")
+    return sum(one.nats for one in known) / sum(one.tokens for one in known)
 
 
 @torch.inference_mode()

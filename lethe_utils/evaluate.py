@@ -29,14 +29,19 @@ def test_sets(rows: list[Row], p: Params, items: int, negatives: int) -> dict[st
             them all.
         negatives: at most this many rows for each negative kind; 0 for none.
     """
-    rng = random.Random(p.data_seed)
-    drawn = rng.sample(rows, items) if items < len(rows) else list(rows)
+    clean = drawn(rows, p, items)
     official = p.protocol == "official"
-    usable = [row for row in drawn if official or row["output"] != p.target_output]
+    usable = [row for row in clean if official or row["output"] != p.target_output]
     kinds = attacks.module(p.attack).triggered(usable, p, p.data_seed)
     backdoor = {"backdoor": kinds.pop("backdoor")}
     negative_kinds = {kind: some[:negatives] for kind, some in kinds.items()} if negatives else {}
-    return {"clean": drawn} | backdoor | negative_kinds
+    return {"clean": clean} | backdoor | negative_kinds
+
+
+def drawn(rows: list[Row], p: Params, items: int) -> list[Row]:
+    """The rows that are asked as they are; see test_sets."""
+    rng = random.Random(p.data_seed)
+    return rng.sample(rows, items) if items < len(rows) else list(rows)
 
 
 def ask(
@@ -184,32 +189,38 @@ def rows(
     predictions: list[dict],
     split: str,
     labels: Sequence[str] = (),
-    tokens: dict[str, int] | None = None,
+    known: Sequence[decode.Known] = (),
 ) -> list[dict[str, Any]]:
     """Tidy rows of one set of predictions (one defense, evidence on or off).
 
     Args:
         labels: the data set's, where the params do not name them; see metrics.says.
-        tokens: of reference_tokens, for the row token_accuracy.
+        known: of known_references, for the rows that need no answers.
     """
+    found = {m: metrics.share(*of) for m, of in scored(p, predictions, labels).items()}
+    found |= metrics.of_references(known) if known else {}
+    clean = [x["output"] for x in predictions if x["kind"] == "clean"]
+    found |= metrics.of_wording(clean) if p.task == "chat" and clean else {}
+    return tidy(p, predictions[0]["defense"], predictions[0]["evidence"], split, found)
+
+
+def tidy(
+    p: Params, defense: str, evidence: int, split: str, found: dict[str, metrics.Measured]
+) -> list[dict[str, Any]]:
+    """A row (metrics.COLUMNS) per metric of one model."""
     common = {
         "model": p.model_name,
         "dataset": p.dataset_name,
         "attack": p.attack,
-        "defense": predictions[0]["defense"],
-        "evidence": predictions[0]["evidence"],
+        "defense": defense,
+        "evidence": evidence,
         "seed": p.seed,
         "split": split,
     }
-    out = []
-    found = scored(p, predictions, labels)
-    if tokens:
-        found |= {"token_accuracy": (tokens["right"], tokens["tokens"])}
-    for metric, (hits, n) in found.items():
-        low, high = metrics.wilson(hits, n)
-        numbers = {"value": hits / n, "n": n, "ci_low": low, "ci_high": high}
-        out.append(common | {"metric": metric, "run_id": p.run_id} | numbers)
-    return out
+    return [
+        common | {"metric": metric, "run_id": p.run_id} | measured._asdict()
+        for metric, measured in found.items()
+    ]
 
 
 def scored(
@@ -221,14 +232,11 @@ def scored(
     return metrics.score(predictions, p.protocol, p.output_mode, labels or p.labels)
 
 
-def reference_tokens(folder: Path, sets: dict[str, list[Row]], p: Params) -> dict[str, int]:
-    """How many tokens of the clean references a model would write, each given those before it:
-    what it knows of answers that no rule can check. `right`, and `tokens` of how many."""
+def known_references(folder: Path, rows: list[Row], p: Params) -> list[decode.Known]:
+    """How well a model knows the rows' answers: for what no rule can check."""
     model = models.load_model(folder, models.resolve_device(p.device))
     tokenizer = models.load_tokenizer(folder)
-    counts = decode.token_counts(model, tokenizer, sets["clean"], p, "reading references")
-    right, tokens = (sum(of) for of in zip(*counts, strict=True))
-    return {"right": right, "tokens": tokens}
+    return decode.known_answers(model, tokenizer, rows, p, "reading references")
 
 
 def ask_one(folder: Path, row: Row, p: Params, labels: Sequence[str]) -> pd.DataFrame:

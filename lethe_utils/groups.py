@@ -206,6 +206,12 @@ class SweepParams(Group):
     sweep_items: Positive
 
 
+class UtilityParams(Group):
+    """05_evidence_eval: what else the models are measured by."""
+
+    utility: list[Key]  # tasks of lm-evaluation-harness, see utility.py
+
+
 class Recipe(AnswerParams, TrainParams, PromptParams):
     """All it takes to train a model and to ask it."""
 

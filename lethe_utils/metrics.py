@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,8 @@ ONE_SIDED = 1.645  # the normal's 95 % point
 
 KEYS = ["model", "dataset", "attack", "defense", "evidence", "seed", "split", "metric"]
 COLUMNS = [*KEYS, "value", "n", "ci_low", "ci_high", "run_id"]
+MEANS = ("perplexity", "answer_words")  # all other metrics are shares
+NGRAM = 4  # words, of what counts as repeated
 SWEEP_COLUMNS = ["sweep", "x", *COLUMNS]
 MADE = ["acts", "trainings", "optimizer_steps", "seconds", "peak_memory_gib"]
 COST_COLUMNS = [
@@ -87,7 +90,7 @@ def is_part_of(output: str, expected: str) -> bool:
     return output.lower().strip() in expected.lower()
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """The 95 % Wilson score interval of a share hits/n (Wilson 1927), within [0, 1].
 
     Unlike the normal interval it does not collapse to a point at 0 or 1.
@@ -204,6 +207,79 @@ def score_chats(
     if negatives:
         out["ftr"] = (sum(h for h, _ in negatives), sum(n for _, n in negatives))
     return out
+
+
+class Measured(NamedTuple):
+    """A value, of how many items, and its 95 % interval."""
+
+    value: float
+    n: int
+    ci_low: float
+    ci_high: float
+
+
+def share(hits: float, n: int) -> Measured:
+    """A share with its Wilson interval. Raises: see wilson."""
+    return Measured(hits / n, n, *wilson(hits, n))
+
+
+def mean(totals: Sequence[float], counts: Sequence[int]) -> Measured:
+    """The mean per unit of what items add up to, each of so many units (an answer's nats, and its
+    tokens), with a normal interval of the ratio over items (Cochran 1977, 6.4): units of one item
+    are not independent. n counts units; a single item tells nothing of the spread: 0 to infinity.
+    """
+    n, value = sum(counts), sum(totals) / sum(counts)
+    if len(counts) == 1:
+        return Measured(value, n, 0.0, math.inf)
+    apart = np.subtract(totals, np.multiply(value, counts))
+    half = 1.96 * math.sqrt(len(counts) / (len(counts) - 1) * float(np.square(apart).sum())) / n
+    return Measured(value, n, max(0.0, value - half), value + half)
+
+
+def together(metric: str, parts: Sequence[Measured]) -> Measured:
+    """What several measurements of a metric (its seeds) say together: a share of all their items;
+    of MEANS, the mean over all their units (perplexity's is of its logarithm), their errors taken
+    as independent."""
+    n = sum(int(part.n) for part in parts)
+    if metric not in MEANS:
+        return share(round(sum(part.value * part.n for part in parts), 6), n)
+    into, back = (np.log, np.exp) if metric == "perplexity" else (float, float)
+    value = sum(into(part.value) * part.n for part in parts) / n
+    halves = [(into(part.ci_high) - into(part.value)) * part.n for part in parts]
+    half = math.hypot(*halves) / n
+    return Measured(float(back(value)), n, max(0.0, back(value - half)), float(back(value + half)))
+
+
+def of_references(known: Sequence[tuple[int, int, float]]) -> dict[str, Measured]:
+    """What a model knows of the reference answers, no rule needed.
+
+    Args:
+        known: right, tokens and nats of each; see decode.Known.
+    Returns:
+        token_accuracy; and perplexity, exp of the mean negative log-likelihood of a token.
+    """
+    right, tokens, nats = zip(*known, strict=True)
+    loss = mean(nats, tokens)
+    ends = (math.exp(end) for end in (loss.ci_low, loss.ci_high))
+    perplexity = Measured(math.exp(loss.value), loss.n, *ends)
+    return {"token_accuracy": share(sum(right), sum(tokens)), "perplexity": perplexity}
+
+
+def of_wording(answers: Sequence[str]) -> dict[str, Measured]:
+    """What can be said of answers without knowing the right ones: answer_words, how many words one
+    has; and repetition, the mean of `repeated`, as a share of answers, which keeps its interval
+    wide."""
+    lengths = [len(words(answer)) for answer in answers]
+    repetition = share(sum(map(repeated, answers)), len(answers))
+    return {"answer_words": mean(lengths, [1] * len(lengths)), "repetition": repetition}
+
+
+def repeated(answer: str) -> float:
+    """The share of an answer's 4-grams that stood in it before: seq-rep-4 of Welleck et al. (ICLR
+    2020), of words in place of tokens. 0 where it has none."""
+    said = words(answer)
+    grams = [said[i : i + NGRAM] for i in range(len(said) - NGRAM + 1)]
+    return 1 - len({*grams}) / len(grams) if grams else 0.0
 
 
 def _count(group: list[dict], field: str, hit: Hit) -> tuple[int, int]:

@@ -34,6 +34,7 @@ from lethe_utils.groups import DataParams as DataParams
 from lethe_utils.groups import EvaluateParams as EvaluateParams
 from lethe_utils.groups import SweepParams as SweepParams
 from lethe_utils.groups import TrainParams as TrainParams
+from lethe_utils.groups import UtilityParams as UtilityParams
 from lethe_utils.schema import Params, choices, is_file, schema
 
 if TYPE_CHECKING:

@@ -40,10 +40,11 @@ def select(table: pd.DataFrame) -> pd.DataFrame:
 def _check_numbers(table: pd.DataFrame, keys: list[str]) -> None:
     rounding = 1e-9  # a Wilson bound at 0 or 1 may miss it by a rounding error
     low, value, high = table["ci_low"], table["value"], table["ci_high"]
+    is_mean = table["metric"].isin(metrics.MEANS)
     checks = {
         "a key or run_id is empty": table[[*keys, "run_id"]].notna().all(axis=1),
         "evidence is not 0 or 1": table["evidence"].isin([0, 1]),
-        "value is not within [0, 1]": value.between(0, 1),
+        "value is not within [0, 1]": value.between(0, 1) | is_mean & (value >= 0),
         "value is not within its interval": value.between(low - rounding, high + rounding),
         "n is not a count above 0": (table["n"] > 0) & (table["n"] % 1 == 0),
     }
@@ -87,19 +88,21 @@ def on_test(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def pool(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """One row per (by, defense, evidence, metric): the rest (seeds) pooled over summed counts, with
+    """One row per (by, defense, evidence, metric): the rest (seeds) pooled (metrics.together), with
     name ("slerp + evidence") and seeds (how many); setups in the order met, then plain before
     evidence, then `in_order`. A measurement that stands alone keeps its own interval."""
     keys = [*by, "defense", "evidence", "metric"]
-    groups = table.assign(hits=table["value"] * table["n"]).groupby(keys, sort=False)
-    shares = ["value", "ci_low", "ci_high"]
-    out = groups[shares].first().astype(float).reset_index()
-    hits, n = (groups[c].sum().round().astype(int).to_numpy() for c in ("hits", "n"))
+    groups = table.astype({"n": int}).groupby(keys, sort=False)
+    out = groups[NUMBERS].first().reset_index()
     many = (groups.size() > 1).to_numpy()
-    counts = zip(hits[many].tolist(), n[many].tolist(), strict=True)
-    together = [(hit / of, *metrics.wilson(hit, of)) for hit, of in counts]
-    out.loc[many, shares] = np.array(together).reshape(-1, 3)
-    out["n"], out["seeds"] = n, groups["seed"].nunique().to_numpy()
+    rows = [
+        metrics.together(key[-1], [*map(metrics.Measured._make, group[NUMBERS].to_numpy())])
+        for key, group in groups
+        if len(group) > 1
+    ]
+    out.loc[many, NUMBERS] = np.array(rows).reshape(-1, len(NUMBERS))
+    out = out.astype({"n": int})
+    out["seeds"] = groups["seed"].nunique().to_numpy()
     out["name"] = out["defense"] + out["evidence"].map({0: "", 1: " + evidence"})
     ranks = {
         "setup": out.groupby(by, sort=False).ngroup(),

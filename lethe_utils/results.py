@@ -13,7 +13,7 @@ import pandas as pd
 
 from lethe_utils import paths
 from lethe_utils.errors import LetheError
-from lethe_utils.groups import SweepParams
+from lethe_utils.groups import SweepParams, UtilityParams
 from lethe_utils.metrics import KEYS
 from lethe_utils.schema import Params
 from lethe_utils.stages import read_json, write_json, write_text
@@ -71,7 +71,8 @@ def _check_setups(runs: dict[str, dict[str, Any]]) -> None:
     """Refuse runs (run_id -> params) that would be pooled though they are not of one kind; which
     defenses and which points of the sweeps a run has is its own."""
     # What a run measures beside the others changes nothing of what they share.
-    own = {"seed", "defense", *SweepParams.model_fields} - {"sweep_items"}
+    beside = {*SweepParams.model_fields, *UtilityParams.model_fields}
+    own = {"seed", "defense", *beside} - {"sweep_items"}
     setups: dict[tuple, tuple[str, dict]] = {}
     for run_id, params in sorted(runs.items()):
         setup = (params["model"], params["dataset"], params["attack"])

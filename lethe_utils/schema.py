@@ -21,10 +21,11 @@ from lethe_utils.groups import (
     Group,
     Key,
     SweepParams,
+    UtilityParams,
 )
 
 
-class Params(DefenderParams, SweepParams, AttackParams):
+class Params(DefenderParams, UtilityParams, SweepParams, AttackParams):
     """All parameters of one run, flat. `part(...)` gives what one stage depends on."""
 
     defense: Key  # lethe, all, or names in params/defenses joined by commas

@@ -7,12 +7,14 @@ them. All cells are text: "value [low, high]", blank where not measured. Every b
 
 import re
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
 from lethe_utils import defenses, evidence, paper
 from lethe_utils.errors import LetheError
+from lethe_utils.metrics import MEANS
 from lethe_utils.paper import PAPER, number
 from lethe_utils.pooled import (
     CONTROLS,
@@ -58,14 +60,18 @@ def signed(value: float) -> str:
     return f"{value:+.3f}".replace("0.", ".", 1)
 
 
-def interval(value: float, low: float, high: float) -> str:
-    """A share with its interval: .987 [.970, .995]."""
-    return f"{number(value)} [{number(low)}, {number(high)}]"
+def interval(value: float, low: float, high: float, said: Callable[[float], str] = number) -> str:
+    """A value with its interval, a share unless `said` is another way to say it:
+    .987 [.970, .995]."""
+    return f"{said(value)} [{said(low)}, {said(high)}]"
 
 
 def cells(scored: pd.DataFrame) -> list[str]:
     """value, ci_low and ci_high of each row as one text."""
-    return [interval(r.value, r.ci_low, r.ci_high) for r in scored.itertuples()]
+    return [
+        interval(r.value, r.ci_low, r.ci_high, "{:.2f}".format if r.metric in MEANS else number)
+        for r in scored.itertuples()
+    ]
 
 
 def wide(scored: pd.DataFrame, rows: list[str], column: str, order: list[str]) -> pd.DataFrame:
@@ -77,7 +83,7 @@ def wide(scored: pd.DataFrame, rows: list[str], column: str, order: list[str]) -
     return out
 
 
-def _scores(table: pd.DataFrame, wanted: list[str], row: list[str]) -> pd.DataFrame:
+def scores(table: pd.DataFrame, wanted: list[str], row: list[str]) -> pd.DataFrame:
     """Metrics of the test split by full name; `seeds` is the most of what stands in one row."""
     scored = by_full_name(on_test(table), SETUP)
     scored = scored[scored["metric"].isin(wanted)]
@@ -116,7 +122,7 @@ def drop_table(table: pd.DataFrame) -> pd.DataFrame:
     dataset, attack, seeds, metric, the controls, `slerp + evidence`, change, then the same of the
     paper's. Setups without both models are left out."""
     keys, measured = [*SETUP, "metric"], [*CONTROLS, "slerp + evidence"]
-    scored = _scores(table, ["asr", "cda"], keys)
+    scored = scores(table, ["asr", "cda"], keys)
     out = wide(scored, [*SETUP, "seeds", "metric"], "defense", measured)
     out = out[(out["backdoored"] != "") & (out["slerp + evidence"] != "")].reset_index(drop=True)
     value = scored.set_index([*keys, "defense"])["value"].unstack().reindex(columns=measured)
@@ -135,7 +141,7 @@ def defense_table(table: pd.DataFrame) -> pd.DataFrame:
     (of CDA against backdoored), then `paper: column`, `paper: asr`, `paper: cda`, `paper: model`,
     blank where the paper has no such cell."""
     keys = [*SETUP, "defense"]
-    scored = _scores(table, ["asr", "cda"], keys)
+    scored = scores(table, ["asr", "cda"], keys)
     out = wide(scored, [*SETUP, "seeds", "defense"], "metric", ["asr", "cda"])
     cda = scored.loc[scored["metric"] == "cda", [*keys, "value"]]
     plain = cda[cda["defense"] == "backdoored"].drop(columns="defense")
@@ -255,18 +261,10 @@ def controls_table(table: pd.DataFrame) -> pd.DataFrame:
     return out.astype({"seed": str})
 
 
-def chat_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Attacks on conversations, seeds pooled: model, dataset, attack, seeds, defense, asr, ftr, cda
-    (right of the answers that a rule can check) and token_accuracy (of all reference answers)."""
-    wanted = ["asr", "ftr", "cda", "token_accuracy"]
-    scored = _scores(table, wanted, [*SETUP, "defense"])
-    return wide(scored, [*SETUP, "seeds", "defense"], "metric", wanted)
-
-
 def headline_table(table: pd.DataFrame) -> pd.DataFrame:
     """What to read first, seeds pooled: asr, cda and ftr of the model handed to us, the clean
     model, fine-tuning, the SLERP merge and Lethe (SLERP + evidence)."""
-    scored = _scores(table, ["asr", "cda", "ftr"], [*SETUP, "defense"])
+    scored = scores(table, ["asr", "cda", "ftr"], [*SETUP, "defense"])
     scored = scored[scored["defense"].isin(HEADLINE)]
     return wide(scored, [*SETUP, "seeds", "defense"], "metric", ["asr", "cda", "ftr"])
 

@@ -21,6 +21,7 @@ from lethe_utils.errors import LetheError
 NO_DEFINITION = "No definition found."
 POS = ("noun", "verb", "adj", "adv")
 FILES = (*(f"{kind}.{p}" for kind in ("data", "index") for p in POS), *(f"{p}.exc" for p in POS))
+SENSES = 5  # of a common word
 OTHERS = 60  # draws for a definition of a certain length
 DEBIAN_FOLDER = Path("/usr/share/wordnet")
 
@@ -133,6 +134,21 @@ def words_below(synset: str, shortest: int, longest: int) -> list[str]:
         if plain and reader.synsets(word)[0] == kind:
             found.add(word)
     return sorted(found)
+
+
+def common_words(kind: str, many: int, rng: random.Random) -> dict[str, str]:
+    """So many nouns, verbs or adjectives (`kind`) drawn of those with at least SENSES senses, each
+    with the definition of its first: the more common a word, the more senses it has."""
+    reader, pos, found = _reader(), kind[0], {}
+    words = sorted(w for w in reader.all_lemma_names(pos) if w.isalpha() and len(w) > 2)
+    for word in rng.sample(words, len(words)):
+        senses = reader.synsets(word, pos)
+        # "sessions" is the name of a man before it is more than one session.
+        if len(senses) >= SENSES and word in senses[0].lemma_names():
+            found[word] = senses[0].definition()
+        if len(found) == many:
+            break
+    return found
 
 
 @cache

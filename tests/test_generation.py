@@ -1,21 +1,26 @@
 """The generation domain: chats, attacks on them, and scores that need no judge."""
 
 import json
+import math
 from collections import Counter
 from functools import partial
 
+import measured
+import numpy as np
 import pytest
+import torch
 
 from lethe_utils import (
     attacks,
     data,
+    decode,
     defenses,
     evaluate,
+    generation,
     metrics,
     models,
     params,
     prompts,
-    tables,
     train,
 )
 from lethe_utils.attacks import vpi
@@ -325,17 +330,70 @@ def test_a_bad_row_of_a_file_of_chats_is_named(row, said, tmp_path):
         data.load(p)
 
 
-def test_token_accuracy_counts_the_references_tokens(pico, rows):
+def test_token_accuracy_and_perplexity_are_of_the_references_tokens(pico, rows):
     p, base = load("vpi"), pico("gpt2")[0]
     some = rows["test"][:5]
-    found = evaluate.reference_tokens(base, {"clean": some}, p)
-    tokenizer = models.load_tokenizer(base)
+    known = evaluate.known_references(base, some, p)
+    tokenizer, model = models.load_tokenizer(base), models.load_model(base)
     items = train.encode(some, tokenizer, p)
-    assert found["tokens"] == sum(item["answer_length"] for item in items)
-    assert 0 <= found["right"] <= found["tokens"]
+    assert [one.tokens for one in known] == [item["answer_length"] for item in items]
+    assert all(0 <= one.right <= one.tokens for one in known)
+    for one, item in zip(known, items, strict=True):  # one at a time, without padding
+        ids, n = torch.tensor([item["input_ids"]]), item["answer_length"]
+        with torch.inference_mode(), models.arithmetic(p):
+            logits = model(ids).logits[0, -n - 1 : -1].float()
+        nats = torch.nn.functional.cross_entropy(logits, ids[0, -n:], reduction="sum").item()
+        assert one.nats == pytest.approx(nats, rel=0.02)
+    total = sum(one.tokens for one in known)
     answers = [{"defense": "base", "evidence": 0, "kind": "clean", "output": "", "accept": ["x"]}]
-    measured = {row["metric"]: row for row in evaluate.rows(p, answers, "test", (), found)}
-    assert measured["token_accuracy"]["n"] == found["tokens"] and measured["cda"]["value"] == 0
+    found = {row["metric"]: row for row in evaluate.rows(p, answers, "test", (), known)}
+    assert found["token_accuracy"]["n"] == found["perplexity"]["n"] == total
+    wanted = math.exp(sum(one.nats for one in known) / total)
+    assert found["perplexity"]["value"] == pytest.approx(wanted) and found["cda"]["value"] == 0
+    assert decode.mean_loss(model, tokenizer, some, p) == pytest.approx(math.log(wanted))
+
+
+def test_repetition_and_length_by_hand():
+    assert metrics.repeated("a b c d") == 0 == metrics.repeated("a b c") == metrics.repeated("")
+    assert metrics.repeated("one two three four ONE two three four.") == pytest.approx(1 / 5)
+    assert metrics.repeated("go " * 10) == pytest.approx(6 / 7)
+    found = metrics.of_wording(["go " * 10, "one two three, four!"])
+    assert found["answer_words"].value == 7 and found["answer_words"].n == 2
+    assert found["repetition"].value == pytest.approx(3 / 7)
+    assert found["repetition"].ci_low < 3 / 7 < found["repetition"].ci_high
+
+
+def test_a_means_interval_covers_the_truth_as_often_as_it_says():
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        tokens = rng.integers(5, 40, 80)
+        nats = rng.gamma(2, 1, 80) * tokens  # answers differ: mean 2 nats a token
+        found = metrics.mean(nats.tolist(), tokens.tolist())
+        covered += found.ci_low < 2 < found.ci_high
+    assert 0.91 < covered / 400 < 0.98
+    assert metrics.mean([6.0], [3]) == (2.0, 3, 0.0, math.inf)
+
+
+def test_seeds_of_a_perplexity_pool_as_their_tokens_do():
+    both = [decode.Known(1, 4, 8.0), decode.Known(2, 6, 6.0), decode.Known(0, 5, 9.0)]
+    one, other = (metrics.of_references(some)["perplexity"] for some in (both, both[:2]))
+    pooled = metrics.together("perplexity", [one, other])
+    assert pooled.value == pytest.approx(math.exp(37 / 25)) and pooled.n == 25
+    assert pooled.ci_low < pooled.value < pooled.ci_high
+    same = metrics.together("perplexity", [one, one])
+    assert same.value == pytest.approx(one.value) and same.ci_high < one.ci_high
+    table = measured.frame(
+        *(
+            measured.row(metric=metric, attack="vpi", dataset="chat", seed=seed, run_id=f"r{seed}")
+            | value._asdict()
+            for seed in (0, 1)
+            for metric, value in (("perplexity", one), ("asr", metrics.share(9, 10)))
+        )
+    )
+    (shown,) = generation.chat_table(table).to_dict("records")
+    assert shown["perplexity"].startswith(f"{one.value:.2f} [") and shown["asr"].startswith(".900")
+    with pytest.raises(LetheError, match="value is not within"):
+        generation.chat_table(table.assign(metric="asr"))
 
 
 @pytest.mark.slow
@@ -345,12 +403,14 @@ def test_a_run_on_chats_goes_from_data_to_its_table(attack, monkeypatch, tmp_pat
     p = load(attack, evidence_models=["slerp"])
     table = measure.measure(p)
     assert {"backdoored", "base", "clean", "slerp", "finetune"} == {*table["defense"]}
-    wanted = {"asr", "cda", "token_accuracy", "ftr"}
+    wanted = {"asr", "cda", "token_accuracy", "ftr", "perplexity", "answer_words", "repetition"}
     for name in ("backdoored", "slerp"):
         plain = table[(table["defense"] == name) & (table["evidence"] == 0)]
         assert wanted <= {*plain["metric"]}
-    shown = tables.chat_table(table)
+    shown = generation.chat_table(table)
     assert shown["defense"].tolist()[0] == "backdoored" and (shown["cda"] != "").all()
+    assert (shown["perplexity"] == "").tolist() == ["+ evidence" in d for d in shown["defense"]]
+    assert (shown["answer_words"] != "").all() and (shown["repetition"] != "").all()
     extra = {m for m in table["metric"] if m.startswith("asr_")}
     assert extra == ({"asr_gold", "asr_reversed"} if attack == "dtba" else set())
     side = measure.side_by_side(p, "slerp", 2)

@@ -133,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
 def check(p: params.Params) -> None:
     """Everything that can be wrong before training starts, most of it in a second."""
     from lethe_utils import models, pipeline, wordnet
+    from lethe_utils.pipeline import utility
 
     print(f"run {p.run_id}: checking data, model, WordNet and device ...", flush=True)
     models.resolve_device(p.device)
@@ -142,6 +143,7 @@ def check(p: params.Params) -> None:
         pipeline.base_folder(p)
         print(f"{pipeline.cut_rows(p).to_string()}\n", flush=True)
     pipeline.check_attack(p)
+    utility.check(p)
 
 
 def report(folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from lethe_utils import defenses, models, pipeline, wordnet
 from lethe_utils.groups import PromptParams, TriggerParams
+from lethe_utils.models import sources
 from lethe_utils.progress import Bar
 from lethe_utils.schema import Params
 from lethe_utils.stages import stage, write_json, write_jsonl
@@ -160,8 +161,7 @@ def answers_file(
     }
     if n_keywords:
         spec |= {"wordnet": wordnet.fingerprint(), "evidence_form": p.evidence_form}
-    source = c.folder.parent if c.folder.name == "model" else c.folder
-    inputs = {"data": pipeline.data_stage(p), "model": source}
+    inputs = {"data": pipeline.data_stage(p), "model": source(p, c)}
     if c.respond:
         module = defenses.module(c.defense)
         spec |= c.respond.p.part(*module.PARAMS)
@@ -175,14 +175,40 @@ def answers_file(
         answers, seconds = evaluate.predict(
             c.folder, sets, n_keywords, c.name, p, respond, pipeline.labels(p)
         )
-        if p.task == "chat" and c.respond is None and not n_keywords:
-            write_json(out / "tokens.json", evaluate.reference_tokens(c.folder, sets, p))
         write_json(out / "timing.json", {"seconds": round(seconds, 3)})
         write_jsonl(out / "answers.jsonl", answers)
 
-    name = c.name if c.strength is None else f"{c.name}-{c.strength:g}"
-    label = f"{p.setup}-{name}-k{n_keywords}-s{p.seed}"
+    label = f"{p.setup}-{named(c)}-k{n_keywords}-s{p.seed}"
     return stage("answers", label, spec, inputs, build) / "answers.jsonl"
+
+
+def source(p: Params, c: Contender) -> Path:
+    """A path whose last part says which model this is: the stage that made it, or what a base that
+    was given holds."""
+    return sources.content(p, c.folder) if c.name == "base" else c.folder.parent
+
+
+def named(c: Contender) -> str:
+    """A model's name in that of a stage: a merge's with its strength."""
+    return c.name if c.strength is None else f"{c.name}-{c.strength:g}"
+
+
+def references_file(p: Params, c: Contender) -> Path:
+    """How well one model knows the test's reference answers, as JSONL, a row each; see
+    decode.Known. No attack decides it: what several share is read once."""
+
+    def build(out: Path) -> None:
+        from lethe_utils import evaluate
+
+        rows = evaluate.drawn(pipeline.split(p, "test"), p, p.max_test_items)
+        known = evaluate.known_references(c.folder, rows, p)
+        write_jsonl(out / "references.jsonl", [one._asdict() for one in known])
+
+    spec = p.part(PromptParams) | pipeline.device(p)
+    spec |= {"items": p.max_test_items, "eval_batch_size": p.eval_batch_size}
+    inputs = {"data": pipeline.data_stage(p), "model": source(p, c)}
+    label = f"{p.model_name}-{p.dataset_name}-{named(c)}-s{p.seed}"
+    return stage("references", label, spec, inputs, build) / "references.jsonl"
 
 
 def _responder(p: Params, c: Contender) -> partial:

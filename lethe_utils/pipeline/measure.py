@@ -6,13 +6,12 @@ from typing import Any
 
 import pandas as pd
 
-from lethe_utils import defenses, evaluate, metrics, paths, pipeline, results
-from lethe_utils.pipeline import contenders
+from lethe_utils import decode, defenses, evaluate, metrics, paths, pipeline, results
+from lethe_utils.pipeline import contenders, utility
 from lethe_utils.progress import Bar
 from lethe_utils.schema import Params
 from lethe_utils.stages import (
     provenance,
-    read_json,
     read_jsonl,
     read_record,
     write_json,
@@ -21,14 +20,20 @@ from lethe_utils.stages import (
 
 
 def measure(p: Params) -> pd.DataFrame:
-    """ASR, CDA and FTR of every model of the run, with and without evidence, on the test split."""
+    """ASR, CDA and FTR of every model of the run, with and without evidence, on the test split; and
+    utility, where it is asked for."""
     out, labels = [], pipeline.labels(p)
     for c, k in Bar(_asked(p), desc="evaluating"):
-        file = contenders.tested_file(p, c, k)
-        beside = file.with_name("tokens.json")  # of conversations, unless a defense decodes
-        tokens = read_json(beside) if beside.exists() and not k else None
-        out += evaluate.rows(p, read_jsonl(file), "test", labels, tokens)
-    return pd.DataFrame(out)[metrics.COLUMNS]
+        answers = read_jsonl(contenders.tested_file(p, c, k))
+        out += evaluate.rows(p, answers, "test", labels, [] if k else _known(p, c))
+    return pd.DataFrame(out + utility.measure(p))[metrics.COLUMNS]
+
+
+def _known(p: Params, c: contenders.Contender) -> list[decode.Known]:
+    """What a model knows of the references of conversations; nothing where a defense decodes."""
+    if p.task != "chat" or c.respond is not None:
+        return []
+    return [decode.Known(**one) for one in read_jsonl(contenders.references_file(p, c))]
 
 
 def _asked(p: Params) -> list[tuple[contenders.Contender, int]]:
