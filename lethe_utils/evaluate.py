@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from lethe_utils import attacks, data, decode, metrics, models
+from lethe_utils import attacks, data, decode, metrics, models, vllm_engine
 from lethe_utils.models import blocks
 from lethe_utils.prompts import asked, prompt, prompt_ids, rendered
 from lethe_utils.schema import Params
@@ -93,6 +93,8 @@ def predict(
         expected = expected_answers({*labels, *(r["output"] for r in chain(*sets.values()))}, p)
         n_words = max(len(text.split()) for text in expected)
         q = decode.with_room(p, tokenizer, expected)
+    if respond is None and p.engine == "vllm":
+        respond = vllm_engine.responder(folder, tokenizer, q)
     if respond is None:
         model = models.load_model(folder, models.resolve_device(p.device))
         respond = partial(_answer, model, tokenizer, q)

@@ -1,0 +1,82 @@
+"""`engine: vllm`: the same prompts, asked through vLLM's offline LLM class where it is installed.
+
+Greedy, with the cache of common prefixes; each answer ends where `decode` would have ended it, so
+that the scoring reads the same text. transformers stays the default.
+"""
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lethe_utils import defenses, models
+from lethe_utils.errors import LetheError
+from lethe_utils.models import inspect
+from lethe_utils.schema import Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def check(p: Params) -> None:
+    """What can be wrong with `engine: vllm`, before anything is trained.
+
+    Raises LetheError: vLLM is not installed, or what was asked for needs transformers.
+    """
+    if p.engine != "vllm":
+        return
+    if find_spec("vllm") is None:
+        raise LetheError("engine: vllm is not installed here; see docs/full_size.md")
+    if p.protocol == "official":
+        raise LetheError("engine: vllm is greedy; protocol: official samples: use transformers")
+    decoding = [name for name in p.defenses if defenses.decodes(name)]
+    if decoding:
+        raise LetheError(
+            f"engine: vllm gives no logits, which {', '.join(decoding)} need; leave those out, "
+            "or use engine: transformers"
+        )
+
+
+def responder(
+    folder: Path, tokenizer: "PreTrainedTokenizerBase", p: Params
+) -> Callable[[list[str], int, str], list[str]]:
+    """A model in vLLM: prompts, n_words and a progress bar's name -> outputs, as
+    `decode.answer` gives them. Raises LetheError as `check`, and for a broken folder."""
+    from lethe_utils import decode
+    from lethe_utils.prompts import prompt_ids, stop_ids
+
+    check(p)
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm import LLM, SamplingParams
+
+    inspect.check_folder(folder)
+    # Never a pickle, never remote code, and nothing of the folder's own generation settings.
+    engine = LLM(
+        model=str(folder),
+        load_format="safetensors",
+        trust_remote_code=False,
+        generation_config="vllm",
+        skip_tokenizer_init=True,  # ours reads files that its own may read otherwise
+        dtype="bfloat16" if models.resolve_device(p.device) == "cuda" else "float32",
+        enable_prefix_caching=True,
+        max_num_seqs=p.eval_batch_size,
+        seed=p.seed,
+    )
+    ends = stop_ids(tokenizer) if p.prompt_template == "chat" else [tokenizer.eos_token_id]
+
+    def respond(prompts: list[str], n_words: int, progress: str) -> list[str]:
+        ids, _ = prompt_ids(tokenizer, prompts, p)
+        room = tokenizer.model_max_length - max(map(len, ids), default=0)
+        how = SamplingParams(
+            temperature=0,
+            max_tokens=min(p.max_new_tokens, room),
+            stop_token_ids=ends,
+            ignore_eos=True,  # those ends alone, as in decode
+            detokenize=False,
+        )
+        made = engine.generate([{"prompt_token_ids": one} for one in ids], how, use_tqdm=False)
+        return [decode.until_label(tokenizer, o.outputs[0].token_ids, ends, n_words) for o in made]
+
+    return respond
