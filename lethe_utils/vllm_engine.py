@@ -1,7 +1,5 @@
-"""`engine: vllm`: the same prompts, asked through vLLM's offline LLM class where it is installed.
-
-Greedy, with the cache of common prefixes; each answer ends where `decode` would have ended it, so
-that the scoring reads the same text. transformers stays the default.
+"""`engine: vllm`: the same prompts, asked through vLLM's offline LLM class where it is installed;
+greedy, and each answer ends where `decode` would have ended it, so scoring reads the same text.
 """
 
 import os
@@ -20,10 +18,7 @@ if TYPE_CHECKING:
 
 
 def check(p: Params) -> None:
-    """What can be wrong with `engine: vllm`, before anything is trained.
-
-    Raises LetheError: vLLM is not installed, or what was asked for needs transformers.
-    """
+    """Raises LetheError where vLLM is not installed, or what is asked for needs transformers."""
     if p.engine != "vllm":
         return
     if find_spec("vllm") is None:
@@ -52,6 +47,7 @@ def responder(
     from vllm import LLM, SamplingParams
 
     inspect.check_folder(folder)
+    on_gpu = models.resolve_device(p.device) == "cuda"
     # Never a pickle, never remote code, and nothing of the folder's own generation settings.
     engine = LLM(
         model=str(folder),
@@ -59,7 +55,8 @@ def responder(
         trust_remote_code=False,
         generation_config="vllm",
         skip_tokenizer_init=True,  # ours reads files that its own may read otherwise
-        dtype="bfloat16" if models.resolve_device(p.device) == "cuda" else "float32",
+        dtype="bfloat16" if on_gpu else "float32",
+        enforce_eager=not on_gpu,  # on a CPU compiling takes minutes, and a C++ compiler
         enable_prefix_caching=True,
         max_num_seqs=p.eval_batch_size,
         seed=p.seed,

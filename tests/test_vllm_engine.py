@@ -42,6 +42,7 @@ class LLM:
         generation_config,
         skip_tokenizer_init,
         dtype,
+        enforce_eager,
         enable_prefix_caching,
         max_num_seqs,
         seed,
@@ -90,6 +91,7 @@ def test_both_engines_give_the_same_answers_and_never_read_a_pickle(
     assert found["vllm"] == found["transformers"]
     (made,) = LLM.made
     assert made["model"] == str(folder) and made["dtype"] == "float32"
+    assert made["enforce_eager"]
     assert made["load_format"] == "safetensors" and made["trust_remote_code"] is False
     assert made["skip_tokenizer_init"] and made["enable_prefix_caching"]
     assert len(made["written"]) == len(SETS["clean"])
