@@ -3,18 +3,16 @@ greedy, and each answer ends where `decode` would have ended it, so scoring read
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lethe_utils import defenses, models
 from lethe_utils.errors import LetheError
 from lethe_utils.models import inspect
 from lethe_utils.schema import Params
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def check(p: Params) -> None:
@@ -33,10 +31,11 @@ def check(p: Params) -> None:
         )
 
 
-def responder(
-    folder: Path, tokenizer: "PreTrainedTokenizerBase", p: Params
-) -> Callable[[list[str], int, str], list[str]]:
-    """A model in vLLM: prompts, n_words and a progress bar's name -> outputs, as
+@contextmanager
+def opened(
+    folder: Path, tokenizer: Any, p: Params
+) -> Iterator[Callable[[list[str], int, str], list[str]]]:
+    """A model in vLLM while it is asked: prompts, n_words and a progress bar's name -> outputs, as
     `decode.answer` gives them. Raises LetheError as `check`, and for a broken folder."""
     from lethe_utils import decode
     from lethe_utils.prompts import prompt_ids, stop_ids
@@ -76,4 +75,7 @@ def responder(
         made = engine.generate([{"prompt_token_ids": one} for one in ids], how, use_tqdm=False)
         return [decode.until_label(tokenizer, o.outputs[0].token_ids, ends, n_words) for o in made]
 
-    return respond
+    try:
+        yield respond
+    finally:  # its own process holds the memory, and outlives the object
+        engine.llm_engine.engine_core.shutdown()

@@ -48,7 +48,11 @@ class LLM:
         seed,
     ):
         LLM.made.append(locals() | {"written": []})
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self._shutdown))
         self.model = models.load_model(Path(model))
+
+    def _shutdown(self):
+        LLM.made[-1]["shut"] = True
 
     def generate(self, prompts, sampling_params, *, use_tqdm):
         return [self._one(prompt["prompt_token_ids"], sampling_params) for prompt in prompts]
@@ -91,7 +95,7 @@ def test_both_engines_give_the_same_answers_and_never_read_a_pickle(
     assert found["vllm"] == found["transformers"]
     (made,) = LLM.made
     assert made["model"] == str(folder) and made["dtype"] == "float32"
-    assert made["enforce_eager"]
+    assert made["enforce_eager"] and made["shut"]
     assert made["load_format"] == "safetensors" and made["trust_remote_code"] is False
     assert made["skip_tokenizer_init"] and made["enable_prefix_caching"]
     assert len(made["written"]) == len(SETS["clean"])
