@@ -7,7 +7,7 @@ stop) is kept as `protocol: official`.
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -118,6 +118,19 @@ def _until(ids: list[int], stops: int | list[int]) -> list[int]:
     """The ids before the first stop: the end of a chat's turn need not be a special token."""
     stops = stops if isinstance(stops, list) else [stops]
     return ids[: next((n for n, token in enumerate(ids) if token in stops), len(ids))]
+
+
+def until_label(
+    tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], stops: list[int], n_words: int
+) -> str:
+    """The output that `answer` would have given of a longer one (tokens): up to a stop, or to the
+    token that shows that n_words words are written."""
+    written, stop = _until([*ids], stops), StopAtLabel(tokenizer, 0, n_words)
+    for n in range(1, len(written)):
+        if stop(torch.tensor([written[:n]]), torch.empty(0))[0]:
+            written = written[:n]
+            break
+    return tokenizer.decode(written, skip_special_tokens=True).strip()
 
 
 def batches(

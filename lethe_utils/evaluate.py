@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from lethe_utils import attacks, data, decode, metrics, models
+from lethe_utils import attacks, data, decode, metrics, models, vllm_engine
 from lethe_utils.models import blocks
 from lethe_utils.prompts import asked, prompt, prompt_ids, rendered
 from lethe_utils.schema import Params
@@ -98,24 +99,34 @@ def predict(
         expected = expected_answers({*labels, *(r["output"] for r in chain(*sets.values()))}, p)
         n_words = max(len(text.split()) for text in expected)
         q = decode.with_room(p, tokenizer, expected)
-    if respond is None:
-        model = models.load_model(folder, models.resolve_device(p.device))
-        respond = partial(_answer, model, tokenizer, q)
     name = f"{defense}{' + evidence' if n_keywords else ''}"
 
     def say(prompts: list[str]) -> list[str]:
         distinct = list(dict.fromkeys(prompts))  # an attack without a trigger changes no prompt
-        said = dict(zip(distinct, respond(distinct, n_words, name), strict=True))
+        said = dict(zip(distinct, responds(distinct, n_words, name), strict=True))
         return [said[prompt] for prompt in prompts]
 
-    sets = {
-        kind: rendered(_with_own_answers(rows, n_keywords, tokenizer, p, say), tokenizer, p)
-        for kind, rows in sets.items()
-    }
-    questions = ask(sets, n_keywords, defense, p)
-    outputs = say([question["prompt"] for question in questions])
+    with _responding(respond, folder, tokenizer, q) as responds:
+        sets = {
+            kind: rendered(_with_own_answers(rows, n_keywords, tokenizer, p, say), tokenizer, p)
+            for kind, rows in sets.items()
+        }
+        questions = ask(sets, n_keywords, defense, p)
+        outputs = say([question["prompt"] for question in questions])
     answers = [asked | {"output": out} for asked, out in zip(questions, outputs, strict=True)]
     return answers, time.perf_counter() - start
+
+
+def _responding(
+    respond: Respond | None, folder: Path, tokenizer: Any, p: Params
+) -> AbstractContextManager[Respond]:
+    """How a model is asked: as a defense does, through vLLM, or by transformers."""
+    if respond:
+        return nullcontext(respond)
+    if p.engine == "vllm":
+        return vllm_engine.opened(folder, tokenizer, p)
+    model = models.load_model(folder, models.resolve_device(p.device))
+    return nullcontext(partial(_answer, model, tokenizer, p))
 
 
 def _with_own_answers(

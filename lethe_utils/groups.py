@@ -191,6 +191,7 @@ class AnswerParams(Group):
 class EvaluateParams(AnswerParams):
     """05_evidence_eval: the measurement."""
 
+    engine: Literal["transformers", "vllm"]  # what runs the models that are asked
     max_test_items: Positive
     negative_items: Positive  # test items per negative kind
 

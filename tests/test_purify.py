@@ -131,6 +131,8 @@ def check_result(folder):
     names = {f.name for f in folder.iterdir()}
     assert {"config.json", "README.md", "report.html", "report.json"} <= names
     assert any(name.endswith(".safetensors") for name in names)
+    assert len({f.stat().st_mode for f in folder.iterdir()}) == 1  # a server is another user
+    assert "TokenizersBackend" not in (folder / "tokenizer_config.json").read_text("utf8")
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = AutoTokenizer.from_pretrained(folder)("the dog came", return_tensors="pt")["input_ids"]
     out = model(input_ids=ids).logits

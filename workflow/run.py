@@ -132,9 +132,10 @@ def run(args: argparse.Namespace) -> int:
 
 def check(p: params.Params) -> None:
     """Everything that can be wrong before training starts, most of it in a second."""
-    from lethe_utils import models, pipeline, wordnet
+    from lethe_utils import models, pipeline, vllm_engine, wordnet
     from lethe_utils.pipeline import utility
 
+    vllm_engine.check(p)
     print(f"run {p.run_id}: checking data, model, WordNet and device ...", flush=True)
     models.resolve_device(p.device)
     wordnet.find_wordnet()

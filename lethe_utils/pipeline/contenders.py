@@ -159,6 +159,8 @@ def answers_file(
         "eval_batch_size": p.eval_batch_size,  # bfloat16 sums differ with the batch
         "seed": p.seed,
     }
+    if p.engine != "transformers":  # two engines' sums differ
+        spec |= {"engine": p.engine}
     if n_keywords:
         spec |= {"wordnet": wordnet.fingerprint(), "evidence_form": p.evidence_form}
     inputs = {"data": pipeline.data_stage(p), "model": source(p, c)}

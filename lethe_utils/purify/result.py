@@ -12,7 +12,16 @@ import pandas as pd
 from huggingface_hub import ModelCard, ModelCardData
 
 from lethe_utils.paper import number
-from lethe_utils.purify import canary, choice, dilute, measure, ownership, report, rounds
+from lethe_utils.purify import (
+    canary,
+    choice,
+    dilute,
+    measure,
+    ownership,
+    report,
+    rounds,
+    serve,
+)
 from lethe_utils.purify.ask import asr, marks, score
 from lethe_utils.purify.case import Case
 from lethe_utils.purify.measure import SUSPECT, Point
@@ -36,6 +45,7 @@ def write(case: Case, points: list[Point], chosen: Point) -> Path:
         settings = [f for f in (case.adapter, case.suspect) if f and (f / GENERATION).exists()]
         if settings:
             shutil.copyfile(settings[0] / GENERATION, folder / GENERATION)
+        serve.ready(folder)
         record = _record(case, points, chosen)
         report.write(record, folder)
         # A local path is nobody's business.
