@@ -82,8 +82,7 @@ def answer(
         with torch.inference_mode(), models.arithmetic(p):
             if beginning != known:
                 known, read = beginning, _read(model, beginning)
-            if read is not None:
-                inputs["past_key_values"] = _for_each(read, len(chosen))
+            inputs |= _after(read, len(chosen))
             made = model.generate(
                 **inputs, generation_config=config, stopping_criteria=criteria, **generate
             )
@@ -186,11 +185,13 @@ def _read(model: "PreTrainedModel", begins: list[int]) -> "Cache | None":
     return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
 
 
-def _for_each(read: "Cache", rows: int) -> "Cache":
-    """A copy of a cache of one row, for so many."""
+def _after(read: "Cache | None", rows: int) -> "dict[str, Cache]":
+    """What lets so many rows go on after what was read once: a copy of the cache for each."""
+    if read is None:
+        return {}
     cache = copy.deepcopy(read)
     cache.batch_repeat_interleave(rows)
-    return cache
+    return {"past_key_values": cache}
 
 
 def with_room(

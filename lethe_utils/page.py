@@ -59,6 +59,9 @@ def _write(out: Path, measured: Measured, default: tuple[str, str, str]) -> Path
         "every_defense": tables.every_defense(first, one_setup(measured.costs, *default)),
         "beside_paper": drops[drops[f"{PAPER}LETHE"] != ""].drop(columns=["base", "clean"]),
     }
+    forms = measured.sweeps["sweep"].str.startswith("evidence ")
+    if forms.any():
+        shown["evidence_forms"] = tables.evidence_table(measured.sweeps).drop(columns="model")
     scored, swept = by_full_name(on_test(table), SETUP), [*SETUP, "sweep", "x"]
     template = (paths.root() / "docs" / f"{out.name}.j2").read_text("utf8")
     environment = jinja2.Environment(
