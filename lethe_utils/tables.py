@@ -297,6 +297,7 @@ def shown(frame: pd.DataFrame, rows: list[str]) -> pd.DataFrame:
     over lines; columns of the paper's without a cell are left out."""
     return (
         _without_blanks(frame)
+        .astype(str)
         .map(lambda cell: cell.replace(" ", "\N{NO-BREAK SPACE}"))
         .set_index(rows)
     )

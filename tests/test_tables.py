@@ -9,6 +9,7 @@ from measured import a_run, defenses_table, frame, row
 
 from lethe_utils import evidence, figures, metrics, page, paper, paths, pooled, tables
 from lethe_utils.errors import LetheError
+from lethe_utils.paper import SETUP
 
 BUILDERS = [
     pooled.select,
@@ -341,6 +342,8 @@ def test_forms_of_evidence_have_a_row_each_and_the_models_columns():
     ]
     assert [cell[:4] for cell in shown["slerp ASR"]] == [".050", ".070", ".040"]
     assert [cell[:4] for cell in shown["backdoored ASR"]] == [".950", ".800", ""]
+    as_in_05 = tables.shown(shown.drop(columns=SETUP), ["evidence"])  # with `seeds`, a number
+    assert as_in_05["seeds"].tolist() == ["1"] * 3
     with pytest.raises(LetheError, match="evidence_forms_sweep"):
         tables.evidence_table(table[table["sweep"] == "strength"])
 
