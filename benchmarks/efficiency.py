@@ -91,7 +91,7 @@ def evaluation(p: Params, folder: Path, n: int) -> dict[str, float]:
     words = max(len(text.split()) for text in expected)
     official = p.model_copy(update={"protocol": "official"})
     ids, _ = prompt_ids(tokenizer, prompts, p)
-    batches = [[ids[i] for i in some] for some in decode.batches(ids, p.eval_batch_size)]
+    batches = [[ids[i] for i in some] for _, some in decode.batches(ids, p.eval_batch_size)]
 
     @torch.inference_mode()
     def bare() -> None:
