@@ -67,7 +67,7 @@ def answer(
     official = p.protocol == "official"
     batch = batch or (OFFICIAL_BATCH if official else p.eval_batch_size)
     ids, _ = prompt_ids(tokenizer, prompts, p)
-    config = _generation(tokenizer, p, max(map(len, ids), default=0), sampling)
+    config = generation(tokenizer, p, max(map(len, ids), default=0), sampling)
     set_seed(p.seed)
     outputs = [""] * len(ids)
     model.eval()
@@ -93,11 +93,11 @@ def answer(
     return outputs
 
 
-def _generation(
+def generation(
     tokenizer: "PreTrainedTokenizerBase",
     p: Recipe,
     longest: int,
-    sampling: dict[str, float] | None,
+    sampling: dict[str, float] | None = None,
 ) -> GenerationConfig:
     """How a model writes: no further than its positions allow after the longest prompt (tokens)."""
     official, tokens = p.protocol == "official", p.max_new_tokens
@@ -108,14 +108,13 @@ def _generation(
         max_new_tokens=min(tokens, tokenizer.model_max_length - longest),
         do_sample=sampling is not None,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=stop_ids(tokenizer) if chat else tokenizer.eos_token_id,
+        eos_token_id=stop_ids(tokenizer) if chat else [tokenizer.eos_token_id],
         **(sampling or {}),
     )
 
 
-def _until(ids: list[int], stops: int | list[int]) -> list[int]:
+def _until(ids: list[int], stops: list[int]) -> list[int]:
     """The ids before the first stop: the end of a chat's turn need not be a special token."""
-    stops = stops if isinstance(stops, list) else [stops]
     return ids[: next((n for n, token in enumerate(ids) if token in stops), len(ids))]
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+    from lethe_utils.defenses import Given
+
 METHODS = ("linear", "slerp", "ties", "passthrough")
 PAPER_STRENGTH = 0.5
 # The published anchors of t over the depth, at that strength. A filter is part of a tensor's name:
@@ -127,13 +129,14 @@ def slerp_table(n_layers: int, strengths: Iterable[float]) -> "pd.DataFrame":
     return pd.DataFrame(lines)
 
 
-def merge_dtype(device: str, folder: Path) -> str:
-    """The dtype that a model is merged in: as it is loaded."""
-    return models.held(folder, models.resolve_device(device))
+def merge_dtype(given: "Given") -> str:
+    """The dtype that a defender's models are merged in: as they are loaded."""
+    return models.held(given.backdoored, models.resolve_device(given.p.device))
 
 
 def check_mergeable(backdoored: Path, clean: Path, base: Path) -> None:
     """Refuse models that do not fit together, before anything is written; see models.fit."""
+    models.load_tokenizer(backdoored)  # a broken one that all three share is refused too
     for other in (clean, base):
         fit.check_weights(other, backdoored)
         if not fit.same_tokenizer(other, backdoored):

@@ -125,7 +125,8 @@ def release(run_id: str) -> Path:
     params = read_json(run / "params.json")
     _check_setups(released_params() | {run_id: params})
     gone = _of_the_same_seed(run_id, params)
-    _check_kept(run, gone)
+    if gone:
+        _check_kept(run, gone)
     (out / "runs").mkdir(parents=True, exist_ok=True)
     for name in TABLES:
         write_text(out / name, _with_run(out / name, run / name, run_id, gone))
@@ -147,8 +148,6 @@ def _of_the_same_seed(run_id: str, params: dict[str, Any]) -> list[str]:
 def _check_kept(run: Path, gone: list[str]) -> None:
     """Refuse a run that lacks what one that it would replace has measured."""
     for name, columns in (("results.csv", KEYS), ("sweeps.csv", ["sweep", "x", *KEYS])):
-        if not gone:
-            return
         released = pd.read_csv(paths.released_dir() / name).query("run_id in @gone")
         measured = {*pd.read_csv(run / name)[columns].itertuples(index=False, name=None)}
         lost = {*released[columns].itertuples(index=False, name=None)} - measured

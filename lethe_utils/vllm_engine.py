@@ -38,7 +38,7 @@ def opened(
     """A model in vLLM while it is asked: prompts, n_words and a progress bar's name -> outputs, as
     `decode.answer` gives them. Raises LetheError as `check`, and for a broken folder."""
     from lethe_utils import decode
-    from lethe_utils.prompts import prompt_ids, stop_ids
+    from lethe_utils.prompts import prompt_ids
 
     check(p)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -60,14 +60,14 @@ def opened(
         max_num_seqs=p.eval_batch_size,
         seed=p.seed,
     )
-    ends = stop_ids(tokenizer) if p.prompt_template == "chat" else [tokenizer.eos_token_id]
 
     def respond(prompts: list[str], n_words: int, progress: str) -> list[str]:
         ids, _ = prompt_ids(tokenizer, prompts, p)
-        room = tokenizer.model_max_length - max(map(len, ids), default=0)
+        as_written = decode.generation(tokenizer, p, max(map(len, ids), default=0))
+        ends = as_written.eos_token_id
         how = SamplingParams(
             temperature=0,
-            max_tokens=min(p.max_new_tokens, room),
+            max_tokens=as_written.max_new_tokens,
             stop_token_ids=ends,
             ignore_eos=True,  # those ends alone, as in decode
             detokenize=False,

@@ -345,6 +345,20 @@ def test_cleangen_checks_an_empty_answer(given, planted, pico):
     assert made == greedy(case.clean, PROMPTS, case.p) and any(made)
 
 
+def test_cleangen_drafts_no_more_once_an_answer_has_ended(given, planted, pico, monkeypatch):
+    silent = planted(models.load_tokenizer(pico("gptj")[2]).eos_token_id)
+    case = given("gptj", backdoored=silent, clean=silent, eval_batch_size=len(PROMPTS))
+    drafted, draft = [], cleangen.CleanGen.draft
+
+    def spy(self, rows, *others):
+        drafted.append(len(rows))
+        return draft(self, rows, *others)
+
+    monkeypatch.setattr(cleangen.CleanGen, "draft", spy)
+    assert cleangen.answer(case, PROMPTS, NEVER) == [""] * len(PROMPTS)
+    assert sum(drafted) == len(PROMPTS)  # each row once, though batches may be smaller
+
+
 def test_cleangen_stops_at_the_label_and_lets_the_clean_model_end_an_answer(given, planted, pico):
     tokenizer = models.load_tokenizer(pico("gptj")[2])
     talker = planted(tokenizer.convert_tokens_to_ids("Ġthe"))

@@ -1,5 +1,7 @@
 """Models that a CPU holds in bfloat16, because they are large: what is small here is called so."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -57,7 +59,8 @@ def test_a_model_is_large_by_its_number_of_weights(stored, monkeypatch):
     for limit, wanted in ((n, torch.bfloat16), (n + 1, torch.float32)):
         monkeypatch.setattr(models, "LARGE", limit)
         assert {w.dtype for w in models.load_model(stored).parameters()} == {wanted}
-        assert merge.merge_dtype("cpu", stored) == str(wanted).removeprefix("torch.")
+        given = SimpleNamespace(backdoored=stored, p=SimpleNamespace(device="cpu"))
+        assert merge.merge_dtype(given) == str(wanted).removeprefix("torch.")
 
 
 def test_a_narrow_model_computes_what_a_float32_one_does(stored, large):

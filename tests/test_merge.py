@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import TEXTS
 from safetensors.torch import load_file, save_file
 
+from conftest import TEXTS
 from lethe_utils import merge, models, paths
 from lethe_utils.errors import LetheError
 from lethe_utils.models import twins
@@ -298,6 +298,16 @@ def test_another_tokenizer_is_refused(pico, tmp_path, clean_copy):
     assert len(other) == 300
     other.save_pretrained(clean_copy)
     assert "its tokenizer differs" in refusal(pico, tmp_path, clean=clean_copy)
+
+
+def test_a_broken_tokenizer_that_all_parents_share_is_refused(pico, tmp_path):
+    parents = [shutil.copytree(f, tmp_path / f"{i}") for i, f in enumerate(pico("gpt2"))]
+    for folder in parents:
+        (folder / "tokenizer.json").write_text("{}")
+    base, backdoored, clean = parents
+    with pytest.raises(LetheError, match="tokenizer"):
+        merge.merge("slerp", backdoored, clean, base, 0.5, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_another_architecture_is_refused(pico, tmp_path):

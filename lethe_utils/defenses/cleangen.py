@@ -65,7 +65,7 @@ class CleanGen:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backdoored, name)
 
-    def draft(self, rows: list[list[int]], length: int, eos: int) -> "torch.Tensor":
+    def draft(self, rows: list[list[int]], length: int, ends: list[int]) -> "torch.Tensor":
         """Up to `length` next tokens of each row.
 
         Returns:
@@ -81,7 +81,7 @@ class CleanGen:
             max_new_tokens=length,
             do_sample=False,
             pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=eos,
+            eos_token_id=ends,
             output_logits=True,
             return_dict_in_generate=True,
         )
@@ -114,12 +114,12 @@ class CleanGen:
         """Prompts and answers, padded on both sides."""
         import torch
 
-        limit, eos = generation_config.max_new_tokens, generation_config.eos_token_id
+        limit, ends = generation_config.max_new_tokens, generation_config.eos_token_id
         prompts = [i[m.bool()].tolist() for i, m in zip(input_ids, attention_mask, strict=True)]
         answers: list[list[int]] = [[] for _ in prompts]
 
         def ended(i: int) -> bool:
-            if answers[i][-1] == eos or len(answers[i]) == limit:
+            if answers[i][-1] in ends or len(answers[i]) == limit:
                 return True
             so_far = torch.cat([input_ids[i], input_ids.new_tensor(answers[i])])[None]
             return stopping_criteria is not None and bool(stopping_criteria(so_far, None).all())
@@ -129,7 +129,7 @@ class CleanGen:
             # The longest answer bounds all drafts: a row at the model's last position has no room.
             room = limit - max(len(answers[i]) for i in left)
             rows = [prompts[i] + answers[i] for i in left]
-            drafts = self.draft(rows, min(self.p.cleangen_tokens, room), eos).tolist()
+            drafts = self.draft(rows, min(self.p.cleangen_tokens, room), ends).tolist()
             done = set()
             for i, drafted in zip(left, drafts, strict=True):
                 for token, instead in drafted:

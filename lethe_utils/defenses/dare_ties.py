@@ -28,11 +28,7 @@ def purify(given: Given, out: Path) -> None:
     parts = [(model, {"weight": w, "density": p.dare_density}) for model, w in weights]
     merge.check_mergeable(given.backdoored, given.clean, given.base)
     settings = merge.weighted(
-        "dare_ties",
-        parts,
-        given.base,
-        merge.merge_dtype(p.device, given.backdoored),
-        normalize=False,
+        "dare_ties", parts, given.base, merge.merge_dtype(given), normalize=False
     )
     title = f"DARE-TIES, strength {p.strength}, density {p.dare_density}"
     merge.run(settings, given.backdoored, title, out / "model", p.seed)

@@ -50,10 +50,4 @@ def purify(given: Given, out: Path) -> None:
     from lethe_utils import merge
 
     p, models = given.p, (given.backdoored, given.clean, given.base)
-    merge.merge(
-        p.merge_method,
-        *models,
-        p.strength,
-        out / "model",
-        merge.merge_dtype(p.device, given.backdoored),
-    )
+    merge.merge(p.merge_method, *models, p.strength, out / "model", merge.merge_dtype(given))

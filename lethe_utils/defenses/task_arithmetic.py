@@ -30,11 +30,7 @@ def purify(given: Given, out: Path) -> None:
     ]
     merge.check_mergeable(given.backdoored, given.clean, given.base)
     settings = merge.weighted(
-        "task_arithmetic",
-        parts,
-        given.base,
-        merge.merge_dtype(p.device, given.backdoored),
-        normalize=False,
+        "task_arithmetic", parts, given.base, merge.merge_dtype(given), normalize=False
     )
     title = f"task arithmetic, negation {p.task_negation}"
     merge.run(settings, given.backdoored, title, out / "model")
