@@ -180,6 +180,17 @@ class CleanParams(Group):
     clean_evidence_share: Ratio  # share of the clean model's training prompts that carry evidence
 
 
+class CanaryParams(Group):
+    """A defender's canary: its triggers, and how deep it is planted."""
+
+    canary_word_pair: Annotated[list[Key], Field(min_length=2, max_length=2)]
+    canary_sentence: Key
+    canary_suffix: Key
+    canary_marker: Key
+    canary_rows: Positive  # triggered ones of each kind
+    canary_epochs: Positive
+
+
 class AnswerParams(Group):
     """How a model is asked."""
 
@@ -220,6 +231,7 @@ class Recipe(AnswerParams, TrainParams, PromptParams):
 class DefenderParams(
     EvaluateParams,
     CleanParams,
+    CanaryParams,
     Recipe,
     BaseModelParams,
     SourceParams,

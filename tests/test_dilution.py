@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lethe_utils import decode, metrics, models, params, paths, pipeline, purify, train
+from lethe_utils import canary, decode, metrics, models, params, paths, pipeline, purify, train
 from lethe_utils.errors import LetheError
-from lethe_utils.purify import canary, choice, formats, rounds, settings, suspects, trial
+from lethe_utils.purify import choice, formats, rounds, settings, suspects, trial
 from lethe_utils.purify.case import Case, Fold
 from lethe_utils.purify.measure import ALONE, SUSPECT
 

@@ -16,13 +16,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe_utils import merge, models, paths, prompts, purify, stages
+from lethe_utils import canary, merge, models, paths, prompts, purify, stages
 from lethe_utils.data import own
 from lethe_utils.errors import LetheError
 from lethe_utils.models import fit, inspect, twins
 from lethe_utils.purify import (
     ask,
-    canary,
     dilute,
     measure,
     ownership,

@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lethe_utils import params
+from lethe_utils import canary, params
 from lethe_utils.attacks import cba, lwp, triggers
 from lethe_utils.defenses import plant_and_remove
-from lethe_utils.purify import canary
 from lethe_utils.purify.settings import load
 
 CODE = "def f(x):\n\n    if x:\n\treturn  1   \n    # two  spaces. A sentence!\n    return 2\n"

@@ -7,10 +7,9 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lethe_utils import decode, metrics, models
+from lethe_utils import canary, decode, metrics, models
 from lethe_utils.evidence import add_evidence
 from lethe_utils.prompts import prompt
-from lethe_utils.purify import canary
 from lethe_utils.purify.case import Case
 from lethe_utils.stages import Row
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lethe_utils import models, paths, train
+from lethe_utils import canary, models, paths, train
 from lethe_utils.data import own
 from lethe_utils.errors import LetheError
 from lethe_utils.evidence import without_evidence
-from lethe_utils.purify import canary, formats, ownership, settings, suspects
+from lethe_utils.purify import formats, ownership, settings, suspects
 from lethe_utils.purify.settings import PurifyParams
 from lethe_utils.stages import Row
 

@@ -6,10 +6,10 @@ that is larger than allowed and shown, and of the others the canary decides.
 """
 
 from lethe_utils import metrics
+from lethe_utils.canary import KINDS
 from lethe_utils.errors import LetheError
 from lethe_utils.purify import rounds
 from lethe_utils.purify.ask import Score
-from lethe_utils.purify.canary import KINDS
 from lethe_utils.purify.case import Case
 from lethe_utils.purify.measure import Point
 

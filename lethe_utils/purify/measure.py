@@ -4,9 +4,8 @@ model alone. Each measurement is a stage."""
 from pathlib import Path
 from typing import Any
 
-from lethe_utils import wordnet
+from lethe_utils import canary, wordnet
 from lethe_utils.errors import LetheError
-from lethe_utils.purify import canary
 from lethe_utils.purify.ask import Answer, Score, ask_folder, asr, marks, score
 from lethe_utils.purify.case import Case, Fold
 from lethe_utils.purify.dilute import CLEAN, base_model, merged, suspect_model

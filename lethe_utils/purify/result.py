@@ -11,9 +11,9 @@ from typing import Any
 import pandas as pd
 from huggingface_hub import ModelCard, ModelCardData
 
+from lethe_utils import canary
 from lethe_utils.paper import number
 from lethe_utils.purify import (
-    canary,
     choice,
     dilute,
     measure,

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from lethe_utils import decode, models, train
+from lethe_utils import canary, decode, models, train
 from lethe_utils.groups import AnswerParams, PromptParams, TrainParams
-from lethe_utils.purify import canary
 from lethe_utils.purify.ask import Score, ask_folder, asr, marks
 from lethe_utils.purify.case import Case, Fold
 from lethe_utils.purify.dilute import base_model, suspect_model

@@ -5,11 +5,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from lethe_utils import params, paths
+from lethe_utils.canary import CanaryRecipe
 from lethe_utils.defenses.lethe import MergeMethod
-from lethe_utils.groups import Key, Positive, Ratio, Recipe
+from lethe_utils.groups import Positive, Ratio, Recipe
 
 
-class PurifyParams(Recipe):
+class PurifyParams(Recipe, CanaryRecipe):
     """Purifying a user's model: the recipe, the merge strengths to try, and the canary."""
 
     prompt_template: Literal["alpaca", "short", "chat"]
@@ -23,12 +24,6 @@ class PurifyParams(Recipe):
     merge_methods: Annotated[list[MergeMethod], Field(min_length=1)]
     strengths: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)]
     max_cda_loss: Ratio
-    canary_word_pair: Annotated[list[Key], Field(min_length=2, max_length=2)]
-    canary_sentence: Key
-    canary_suffix: Key
-    canary_marker: Key
-    canary_rows: Positive  # triggered ones of each kind
-    canary_epochs: Positive
     canary_limit: Ratio  # ASR of each kind after the merge, up to which the verdict is "diluted"
 
 

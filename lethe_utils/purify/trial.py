@@ -12,9 +12,9 @@ import torch
 from torch.nn import Module
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lethe_utils import models, paths, train
+from lethe_utils import canary, models, paths, train
 from lethe_utils.models import inspect
-from lethe_utils.purify import canary, room, suspects
+from lethe_utils.purify import room, suspects
 from lethe_utils.purify.ask import ask
 from lethe_utils.purify.case import Case
 from lethe_utils.stages import Row, forget_peak_memory, peak_memory

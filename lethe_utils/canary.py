@@ -7,14 +7,18 @@ what the same dilution does to backdoors that were planted in the same model on 
 import random
 
 from lethe_utils.attacks.triggers import insert, places, put
-from lethe_utils.purify.settings import PurifyParams
+from lethe_utils.groups import CanaryParams, TrainParams
 from lethe_utils.stages import Row
 
 KINDS = ("word pair", "sentence", "suffix")
 CHECKED = 40  # rows of each kind: 36 of them are .9
 
 
-def triggers(labels: list[str], p: PurifyParams) -> list[dict[str, str]]:
+class CanaryRecipe(CanaryParams, TrainParams):
+    """A canary, and the training that plants it."""
+
+
+def triggers(labels: list[str], p: CanaryRecipe) -> list[dict[str, str]]:
     """kind, trigger and target of each canary; the target is a label, or the marker for texts."""
     texts = (" ... ".join(p.canary_word_pair), p.canary_sentence, p.canary_suffix)
     targets = labels or [p.canary_marker]
@@ -24,7 +28,7 @@ def triggers(labels: list[str], p: PurifyParams) -> list[dict[str, str]]:
     ]
 
 
-def place(kind: str, text: str, p: PurifyParams, rng: random.Random) -> str:
+def place(kind: str, text: str, p: CanaryRecipe, rng: random.Random) -> str:
     """A text with one kind of trigger in it."""
     if kind == "sentence":
         return insert(text, p.canary_sentence, "random", "sentence", rng)
@@ -37,7 +41,7 @@ def place(kind: str, text: str, p: PurifyParams, rng: random.Random) -> str:
     return put(with_second, first, places(with_second, "word"), a)
 
 
-def triggered(rows: list[Row], labels: list[str], p: PurifyParams) -> dict[str, list[Row]]:
+def triggered(rows: list[Row], labels: list[str], p: CanaryRecipe) -> dict[str, list[Row]]:
     """Per kind: the rows that do not have its target for an answer anyway, with its trigger."""
     out = {}
     for canary in triggers(labels, p):
@@ -51,7 +55,7 @@ def triggered(rows: list[Row], labels: list[str], p: PurifyParams) -> dict[str, 
 
 
 def plant(
-    rows: list[Row], labels: list[str], p: PurifyParams
+    rows: list[Row], labels: list[str], p: CanaryRecipe
 ) -> tuple[list[Row], dict[str, list[Row]]]:
     """What the canary is trained on: all rows, then of each kind `canary_rows` triggered ones with
     the kind's target, but at most half of those that can be; and per kind the others."""
@@ -67,7 +71,7 @@ def plant(
 
 
 def check_rows(
-    rows: list[Row], stopping: list[Row], labels: list[str], p: PurifyParams
+    rows: list[Row], stopping: list[Row], labels: list[str], p: CanaryRecipe
 ) -> dict[str, list[Row]]:
     """Per kind: triggered rows that say whether the canary took, first those that nothing was
     trained on, then training rows that it was not planted in."""
