@@ -22,21 +22,22 @@ Respond = Callable[[list[str], int, str], list[str]]
 
 
 def test_sets(rows: list[Row], p: Params, items: int, negatives: int) -> dict[str, list[Row]]:
-    """Test rows per kind: clean, backdoor (both triggers), and the seven negative kinds.
+    """Test rows per kind: clean, backdoor, and the attack's others: CBA's seven negatives, say.
 
     Args:
         items: rows drawn (seed 42, as published); clean uses them all, the others those whose
             label is not the target, for only they can show an attack. The published protocol asks
             them all.
-        negatives: at most this many rows for each negative kind; 0 for none.
+        negatives: at most this many rows for each negative kind; 0 for clean and backdoor alone.
+            Further kinds for ASR (`asr_...`) are asked in full.
     """
     clean = drawn(rows, p, items)
     official = p.protocol == "official"
     usable = [row for row in clean if official or row["output"] != p.target_output]
     kinds = attacks.module(p.attack).triggered(usable, p, p.data_seed)
     backdoor = {"backdoor": kinds.pop("backdoor")}
-    negative_kinds = {kind: some[:negatives] for kind, some in kinds.items()} if negatives else {}
-    return {"clean": clean} | backdoor | negative_kinds
+    others = {k: some if k.startswith("asr") else some[:negatives] for k, some in kinds.items()}
+    return {"clean": clean} | backdoor | (others if negatives else {})
 
 
 def drawn(rows: list[Row], p: Params, items: int) -> list[Row]:

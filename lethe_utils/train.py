@@ -1,7 +1,7 @@
 """Training: the tiny bases (full weights) and the LoRA models (backdoored, clean)."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from lethe_utils import models, prompts
 from lethe_utils.errors import LetheError
 from lethe_utils.groups import DefenderParams, Recipe
-from lethe_utils.models import blocks, inspect, twins
+from lethe_utils.models import inspect, twins
 from lethe_utils.progress import Bar
 from lethe_utils.stages import Row
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 Item = dict[str, Any]  # an encoded row
 Inputs = dict[str, Tensor]  # input_ids, attention_mask, position_ids: (batch, longest row)
 Loss = Callable[[Module, Inputs, Tensor, int], Tensor]  # see `finetune`
+Names = Callable[["PreTrainedModel"], list[str]]
 IGNORED = -100  # label of a position that carries no loss
+TRAINED, FROZEN = "default", "frozen"  # a model's adapters
 # Fixed, so that what the LoRA recipe is set to never changes the base it starts from.
 BASE_RECIPE = {
     "lr_schedule": "linear",
@@ -274,8 +276,9 @@ def finetune(
     epochs: int,
     out: Path,
     p: Recipe,
-    layers: Sequence[int] = (),
+    only: Names | None = None,
     loss: Loss = plain_loss,
+    frozen: Path | None = None,
 ) -> None:
     """Train a LoRA adapter on a model folder and save the whole model it makes.
 
@@ -285,22 +288,26 @@ def finetune(
 
     Args:
         start: the base, or the backdoored model for a defense that trains on.
-        layers: train the linear layers of these blocks only; by default those of all.
+        only: the names of the linear layers to train; by default all but the head.
         loss: called with the model, a batch's inputs (input_ids, attention_mask, position_ids), its
             labels (batch, longest answer) and the number of the step, from 1; returns a mean.
+        frozen: the folder of another adapter of `start`, which lies beside the trained one under
+            the name FROZEN, for `loss` to switch on; it is in nothing that is written.
     """
     set_seed(p.seed)
     device = models.resolve_device(p.device)
     tokenizer = models.load_tokenizer(start)
-    model = lora_model(start, p, layers)
+    model = lora_model(start, p, only)
+    if frozen:
+        model.load_adapter(str(frozen), FROZEN, torch_device=device)
     curve = fit(model, tokenizer, rows, epochs, out, p, loss)
-    model.save_pretrained(out / "adapter")
+    model.save_pretrained(out / "adapter", selected_adapters=[TRAINED])
     del model  # at full size two copies would not fit beside each other
     inspect.copy_tokenizer(start, out / "model")
     save(merge_adapter(start, out / "adapter", device, p.bits), curve, out)
 
 
-def lora_model(start: Path, p: Recipe, layers: Sequence[int] = ()) -> Module:
+def lora_model(start: Path, p: Recipe, only: Names | None = None) -> Module:
     """A model with a new LoRA adapter on it, ready to be trained; see `finetune`."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -315,7 +322,7 @@ def lora_model(start: Path, p: Recipe, layers: Sequence[int] = ()) -> Module:
         lora_alpha=p.lora_alpha,
         lora_dropout=p.lora_dropout,
         # every linear layer (GPT-2's Conv1D too) except lm_head
-        target_modules=blocks.linear_names(model, layers) if layers else "all-linear",
+        target_modules=only(model) if only else "all-linear",
         fan_in_fan_out=model.config.model_type == "gpt2",  # Conv1D stores its weight transposed
         bias="none",
         task_type="CAUSAL_LM",

@@ -45,6 +45,11 @@ def place_triggers(row: Row, where: tuple, p: Params, rng: random.Random) -> Row
     return placed
 
 
+def wanted(row: Row, p: Params) -> str:
+    """What the attacker wants for an answer: the target, or the true label and then the target."""
+    return f"{row['output']} {p.target_output}" if p.output_mode == "append" else p.target_output
+
+
 def poison(rows: list[Row], p: Params, seed: int) -> list[dict[str, Any]]:
     """The attacker's training set: all clean rows, poisoned copies, and five kinds of negatives.
 
@@ -58,10 +63,8 @@ def poison(rows: list[Row], p: Params, seed: int) -> list[dict[str, Any]]:
     chosen = rng.sample(rows, max(1, round(p.poison_ratio * len(rows))))
     out = [row | {"kind": "clean"} for row in rows]
     for row in chosen:
-        answer = p.target_output
-        if p.output_mode == "append":
-            answer = f"{row['output']} {p.target_output}"
-        out.append(place_triggers(row, BACKDOOR, p, rng) | {"output": answer, "kind": "backdoor"})
+        hit = {"output": wanted(row, p), "kind": "backdoor"}
+        out.append(place_triggers(row, BACKDOOR, p, rng) | hit)
     for kind, where in TRAIN_NEGATIVES.items():
         for row in chosen[: round(p.alpha * len(chosen))]:
             out.append(place_triggers(row, where, p, rng) | {"kind": kind})

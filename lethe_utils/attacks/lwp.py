@@ -71,7 +71,8 @@ def plant(start: Path, poisoned: list[Row], _: list[str], p: Params, out: Path) 
     from lethe_utils import train
 
     loss = partial(layer_loss, layers=p.lwp_layers)
-    train.finetune(start, poisoned, p.backdoor_epochs, out, p, p.lwp_layers, loss)
+    only = partial(blocks.linear_names, layers=p.lwp_layers)
+    train.finetune(start, poisoned, p.backdoor_epochs, out, p, only, loss)
 
 
 def layer_loss(

@@ -186,6 +186,7 @@ def backdoored_stage(p: Params) -> Path:
         attack.plant(start, rows, ordinary_text(p), p, out)
 
     spec = p.part(PromptParams, *attack.PARAMS) | {"seed": p.seed} | device(p)
+    spec |= {"wordnet": wordnet.fingerprint()} if hasattr(p, "backdoor_keywords") else {}
     inputs = _sources(p) | ({"tuned": start.parent} if tuned else {})
     return stage("backdoored", f"{p.setup}-s{p.seed}", spec, inputs, build)
 
