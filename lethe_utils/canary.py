@@ -11,6 +11,7 @@ from lethe_utils.groups import CanaryParams, TrainParams
 from lethe_utils.stages import Row
 
 KINDS = ("word pair", "sentence", "suffix")
+TAKEN = 0.9  # ASR of each kind of a canary that took
 CHECKED = 40  # rows of each kind: 36 of them are .9
 
 

@@ -20,7 +20,6 @@ from lethe_utils.schema import digest
 from lethe_utils.stages import Row, read_json, stage, write_json, write_jsonl
 
 LESS = 0.02  # the least share by which a round must lower the loss for another one to follow
-TAKEN = 0.9  # ASR of each kind of a canary that took
 
 
 class CleanRound(NamedTuple):
@@ -123,7 +122,7 @@ def canary_model(case: Case) -> Path:
 
 def took(found: dict[str, Score]) -> list[str]:
     """The kinds of a canary that took."""
-    return [kind for kind in canary.KINDS if found[kind]["value"] >= TAKEN]
+    return [kind for kind in canary.KINDS if found[kind]["value"] >= canary.TAKEN]
 
 
 def _canary_round(case: Case, start: Path) -> Path:
