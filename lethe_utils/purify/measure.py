@@ -86,7 +86,7 @@ def answered(
         fold: whose rows and clean model; the main ones by default.
     """
     held_out = (fold or case.main).held_out
-    triggered = canary.triggered(held_out, case.labels, case.p)
+    triggered = canary.triggered(held_out, case.labels, case.p, case.chat)
     parent, sets = {
         "suspect": (suspect_model, {"clean": held_out}),
         "canary": (canary_model, triggered),

@@ -92,7 +92,7 @@ def _environment() -> jinja2.Environment:
 def _rendered(template: str, record: Record) -> str:
     suspect, result, clean = _ends(record)
     kinds = _kinds(suspect)
-    known, limit = took(record["canary_check"]), record["canary_limit"]
+    known, limit = took(record["canary_check"], kinds[:-1]), record["canary_limit"]
     context = {
         "record": record,
         "suspect": suspect,

@@ -163,7 +163,7 @@ def _record(case: Case, points: list[Point], chosen: Point) -> dict[str, Any]:
         **_trainings(case),
         "points": [{k: at[k] for k in at if k != "marks"} for at in points],
         "base": {"performance": score(base["clean"]), "canary": asr(base)},
-        "canary_triggers": canary.triggers(case.labels, case.p),
+        "canary_triggers": canary.triggers(case.labels, case.p, case.chat),
         "samples": samples(case, chosen),
         "costs": costs,
         "evidence": _evidence(case, chosen),

@@ -128,18 +128,18 @@ def minutes(case: Case, pace: Pace, rounds: int) -> float:
         tokens = sum(item["length"] for item in train.encode(rows, tokenizer, p))
         return tokens * epochs * pace.token + copied
 
-    planted, _ = canary.plant(case.train, case.labels, p)
+    planted, _ = canary.plant(case.train, case.labels, p, case.chat)
     main = trained(case.train, p.clean_epochs) + trained(planted, p.canary_epochs)
     crossed = [fold for fold in case.folds if fold != case.main]
     # The round that shows that another one is enough is not trained for them.
     halves = sum(trained(fold.train, p.clean_epochs) for fold in crossed)
     halves *= rounds if rounds == p.max_rounds else rounds - 1
-    kinds = canary.triggered(case.held_out, case.labels, p).values()
+    kinds = canary.triggered(case.held_out, case.labels, p, case.chat).values()
     triggered, held_out = sum(map(len, kinds)), len(case.held_out)
     merges = len({*p.merge_methods} - {GUIDED}) * len({*p.strengths})
     every = sum(len(fold.held_out) for fold in case.folds) + triggered
     # Evidence makes a prompt two to three times as long.
-    rest = (1 + 2.5) * (held_out + triggered) + rounds * len(canary.KINDS) * canary.CHECKED
+    rest = (1 + 2.5) * (held_out + triggered) + rounds * len(case.kinds) * canary.CHECKED
     asked = ((merges + 2) * every + rest) * pace.question
     merged = merges * (len(case.folds) + 1) * copied
     searched = 0.0
