@@ -124,7 +124,10 @@ def test_the_canary_is_planted_until_each_kind_took(trainings, asr, trained, bes
     case = a_case(max_rounds=3)
     assert len(rounds.canary_rounds(case)) == trained
     found = rounds.canary_best(case)
-    assert str(found.folder) == "suspect" + "+" * best and len(rounds.took(found.asr, case.kinds)) == kinds
+    assert (
+        str(found.folder) == "suspect" + "+" * best
+        and len(rounds.took(found.asr, case.kinds)) == kinds
+    )
 
 
 def test_the_canary_is_checked_on_rows_that_it_was_not_planted_in():

@@ -189,7 +189,10 @@ def test_llama_in_bfloat16_with_chats(given):
     assert text.startswith("<s><system>Be brief.\n<user>What came on day ")
     assert text.endswith("?\n<assistant>")
     assert auto_tokenizer(folder).chat_template == CHAT_TEMPLATE
-    assert {c["target"] for c in canary.triggers(case.labels, case.p)} == {"the canary sings"}
+    record = json.loads((folder / "report.json").read_text("utf8"))
+    assert {*record["points"][1]["canary"]} == {*canary.kinds(True), "all"} == {*case.kinds, "all"}
+    assert {c["target"] for c in record["canary_triggers"]} == {"the canary sings"}
+    assert {s["n"] for kind, s in record["canary_check"].items() if kind != "all"} == {18}
 
 
 def test_qwen2_with_a_tied_head(given):

@@ -159,15 +159,16 @@ def _check_canary(case: Case) -> None:
 
 
 def _longer(case: Case, tokenizer: Tokenizer) -> list[str]:
-    """A line for chats that are too long once they have two turns; refused where most of them are,
-    or where the chat template refuses them."""
+    """A line for chats that are too long once they hold the canary's two turns; refused where most
+    of them are, or where the chat template refuses them."""
     if not case.chat:
         return []
     found = canary.triggered(case.train + case.held_out, case.labels, case.p, case.chat)
-    items = train.encode(found[canary.TWO_TURNS], tokenizer, case.p)
-    train.check_cut(items)
-    lost = train.cut_counts(items)["prompts cut"]
-    said = f"{lost} of {len(items)} chats lose the first of the canary's two turns, being too long"
+    n = len(found[canary.TWO_TURNS])
+    lost = train.cut_counts(train.encode(found[canary.TWO_TURNS], tokenizer, case.p))["prompts cut"]
+    said = f"{lost} of {n} chats are too long for the canary's two turns and lose the first"
+    if 2 * lost > n:
+        raise LetheError(f"max_source_tokens: {said}; raise it, or give shorter chats")
     return [f"{said} (max_source_tokens)."] if lost else []
 
 
