@@ -112,7 +112,8 @@ def test_no_defense_is_handed_a_trigger_a_target_or_the_test_split(monkeypatch, 
 CHANGING = [
     n for n in params.choices("defenses") if not defenses.decodes(n) and n not in ("lethe",)
 ]
-QUICK = [n for n in CHANGING if n not in ("nad", "beear", "crow")]  # those: test_distillation.py
+# The others: test_distillation.py, test_guided.py
+QUICK = [n for n in CHANGING if n not in ("nad", "beear", "crow", "guided")]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -139,6 +139,7 @@ def test_the_mean_of_two_is_the_linear_merge_of_the_paper(given, tmp_path):
         torch.testing.assert_close(weight, (backdoored[name] + clean[name]) / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_averaging_weighs_all_models_alike(given, tmp_path, monkeypatch, architecture):
     g, trained, real = given(architecture), [], train.finetune
