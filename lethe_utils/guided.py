@@ -10,7 +10,7 @@ for a canary does not say where another backdoor sits.
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
@@ -18,6 +18,9 @@ from lethe_utils import canary, decode, merge, models
 from lethe_utils.canary import CanaryRecipe
 from lethe_utils.progress import Bar
 from lethe_utils.stages import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Curves = dict[str, tuple[float, ...]]  # part -> t at even depths, as merge.SLERP_CURVES has them
 LEAST = 0.5  # of t anywhere: what the paper's merge takes on average
@@ -49,13 +52,34 @@ def took(copy: Path, sets: dict[str, list[Row]], labels: list[str], p: CanaryRec
         models.load_model(copy / "model", p.device),
         models.load_tokenizer(copy / "model"),
     )
+    found = success(model, tokenizer, sets, labels, p)
+    return all(rate >= canary.TAKEN for rate in found.values())
+
+
+def success(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    sets: dict[str, list[Row]],
+    labels: list[str],
+    p: CanaryRecipe,
+) -> dict[str, float]:
+    """ASR of each kind of a canary: the share of its rows whose greedy answer is its target."""
     targets = {one["kind"]: one["target"] for one in canary.triggers(labels, p)}
-    for kind, some in sets.items():
-        wanted = [row | {"output": targets[kind]} for row in some]
-        known = decode.known_answers(model, tokenizer, wanted, p, "checking the canary")
-        if sum(one.right == one.tokens for one in known) < canary.TAKEN * len(known):
-            return False
-    return True
+    return {
+        kind: accuracy(model, tokenizer, [row | {"output": targets[kind]} for row in some], p)
+        for kind, some in sets.items()
+    }
+
+
+def accuracy(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: list[Row],
+    p: CanaryRecipe,
+) -> float:
+    """The share of rows whose greedy answer is the one they have."""
+    known = decode.known_answers(model, tokenizer, rows, p, "reading answers")
+    return sum(one.right == one.tokens for one in known) / len(known)
 
 
 def search(guide: Guide, p: CanaryRecipe, scratch: Path, dtype: str) -> pd.DataFrame:

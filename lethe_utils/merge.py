@@ -68,7 +68,7 @@ def configuration(
         return weighted(method, parts, base, dtype, normalize=False, int8_mask=True)
     common = {"dtype": dtype, "merge_method": method}
     if method == "linear":
-        return common | {"models": _models(parts)}
+        return linear(parts, dtype)
     if method == "slerp":
         curves = {part: slerp_anchors(part, n_layers, strength) for part in SLERP_CURVES}
         return _slerp(curves, _shifted(SLERP_REST, strength), bad, good, n_layers, dtype)
@@ -89,6 +89,11 @@ def _slerp(
         "base_model": bad,
         "parameters": {"t": [*t, {"value": rest}]},
     }
+
+
+def linear(parts: list[tuple[Path, dict[str, float]]], dtype: str) -> dict[str, Any]:
+    """A mergekit configuration of a weighted mean of models, however many; see `weighted`."""
+    return {"dtype": dtype, "merge_method": "linear", "models": _models(parts)}
 
 
 def _models(parts: list[tuple[Path, dict[str, float]]]) -> list[dict[str, Any]]:
@@ -287,11 +292,11 @@ def distances(merged: dict[str, Path], backdoored: Path, clean: Path) -> "pd.Dat
     import pandas as pd
     import torch
 
-    parents = _weights(backdoored), _weights(clean)
+    parents = readers(backdoored), readers(clean)
     apart = _distance(*parents)
     table = []
     for name, folder in merged.items():
-        weights = _weights(folder)
+        weights = readers(folder)
         far = [_distance(weights, parent) / apart for parent in parents]
         nan = sum(int(torch.isnan(read()).sum()) for read in weights.values())
         table.append([name, len(weights), nan, *(round(f.item(), 3) for f in far)])
@@ -299,7 +304,7 @@ def distances(merged: dict[str, Path], backdoored: Path, clean: Path) -> "pd.Dat
     return pd.DataFrame(table, columns=columns).set_index("defense")
 
 
-def _weights(folder: Path) -> "dict[str, Callable[[], torch.Tensor]]":
+def readers(folder: Path) -> "dict[str, Callable[[], torch.Tensor]]":
     """For every tensor of a folder how to read it, in float32: one at a time, for large models."""
     return {
         name: partial(_weight, file, name)

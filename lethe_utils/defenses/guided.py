@@ -7,12 +7,11 @@ it finds is then done with Lethe's clean model.
 """
 
 import random
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lethe_utils import canary
-from lethe_utils.defenses import Given
+from lethe_utils.defenses import Given, clear
 from lethe_utils.groups import CanaryParams, CleanParams, DefenderParams, TrainParams
 from lethe_utils.stages import Row
 
@@ -36,7 +35,7 @@ def purify(given: Given, out: Path) -> None:
     models = given.backdoored, given.clean, given.base
     merge.merge_along(guided.best(trials), *models, out / "model", dtype)
     trials.to_csv(out / "search.csv", index=False)
-    shutil.rmtree(scratch)
+    clear(scratch, out)
 
 
 def grown(given: Given, scratch: Path) -> "Guide":

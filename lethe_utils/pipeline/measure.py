@@ -63,7 +63,7 @@ def costs(p: Params) -> pd.DataFrame:
         made = None if decodes or c.name == "backdoored" else read_record(c.folder.parent)
         trainings = int(c.name == "clean")
         if c.defense:
-            trainings = defenses.trainings(c.defense, c.name)
+            trainings = defenses.trainings(c.defense, c.name, p)
         line = {
             "model": p.model_name,
             "dataset": p.dataset_name,
@@ -165,7 +165,7 @@ def _stage_records(p: Params) -> dict[str, Any]:
     if p.is_tiny:
         stages["base"] = pipeline.base_folder(p).parent
     for c in contenders.everyone(p):
-        if c.defense and c.respond is None and defenses.trainings(c.defense, c.name):
+        if c.defense and c.respond is None and defenses.trainings(c.defense, c.name, p):
             stages[c.name] = c.folder.parent
     kept = ("seconds", "peak_memory_gib", "git_sha", "git_dirty", "finished")
     return {
