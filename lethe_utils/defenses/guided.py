@@ -48,17 +48,33 @@ def grown(given: Given, scratch: Path) -> "Guide":
     clean = scratch / "clean"
     if not (clean / "loss.csv").exists():  # written last
         train.finetune(given.base, taught, p.clean_epochs, clean, p)
-    planted, _ = canary.plant(taught, labels, p)
+    copy = planted(given.backdoored, taught, unseen, labels, p, scratch)
+    return guided.Guide(copy, clean, given.base, guided.rows(unseen, labels, p))
+
+
+def planted(
+    suspect: Path,
+    taught: list[Row],
+    unseen: list[Row],
+    labels: list[str],
+    p: DefenderParams,
+    scratch: Path,
+) -> Path:
+    """The folder (in it model/) of a copy of a suspect that a canary was planted in, round by round
+    until each kind took, at most ROUNDS. Finished rounds are found again in `scratch`."""
+    from lethe_utils import guided, train
+
+    poisoned, _ = canary.plant(taught, labels, p)
     checked = canary.check_rows(taught, unseen, labels, p)
-    start = given.backdoored
+    start = suspect
     for number in range(ROUNDS):
         copy = scratch / f"canary-{number}"
         if not (copy / "loss.csv").exists():
-            train.finetune(start, planted, p.canary_epochs, copy, p)
+            train.finetune(start, poisoned, p.canary_epochs, copy, p)
         start = copy / "model"
         if guided.took(copy, checked, labels, p):
             break
-    return guided.Guide(copy, clean, given.base, guided.rows(unseen, labels, p))
+    return copy
 
 
 def parts(clean: list[Row], p: DefenderParams) -> tuple[list[Row], list[Row]]:

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from lethe_utils import decode, defenses, evaluate, metrics, paths, pipeline, results
-from lethe_utils.pipeline import contenders, utility
+from lethe_utils.pipeline import canaries, contenders, utility
 from lethe_utils.progress import Bar
 from lethe_utils.schema import Params
 from lethe_utils.stages import (
@@ -91,7 +91,7 @@ def measure_sweeps(p: Params) -> pd.DataFrame:
         answers = read_jsonl(file)
         place = {"sweep": point.sweep, "x": float(point.x)}
         out += [place | row for row in evaluate.rows(p, answers, "validation", labels)]
-    return pd.DataFrame(out, columns=metrics.SWEEP_COLUMNS)
+    return pd.DataFrame(out + canaries.swept(p), columns=metrics.SWEEP_COLUMNS)
 
 
 def first_look(p: Params, *models: contenders.Contender) -> pd.DataFrame:
