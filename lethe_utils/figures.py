@@ -4,6 +4,7 @@ intervals, seeds are pooled. Tables are checked as pooled.py does it.
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -173,6 +174,26 @@ def attacks(table: pd.DataFrame) -> Figure:
         axes[0].set_yticks(range(len(kinds)), kinds)
         axes[0].set(xlim=(-0.03, 1.03), ylim=(len(kinds) - 0.5, -0.5))
         return finished(figure, axes[0].get_legend_handles_labels()[0], 5)
+
+
+def prediction(found: pd.DataFrame) -> Figure:
+    """ASR of the backdoor against that of the canary after the same merge, a mark per merge and a
+    colour per attack; on the diagonal the canary is right.
+
+    Args:
+        found: see prediction.pairs; of one model and data set.
+    """
+    with style():
+        figure = new_figure(3.2)
+        ax = figure.subplots()
+        ax.plot([0, 1], [0, 1], color="0.75", lw=0.8, zorder=1)
+        looks = {"data": found, "x": "canary", "y": "backdoor", "ax": ax, "s": 18}
+        sns.scatterplot(**looks, hue="attack", style="defense", palette="colorblind")
+        ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        ax.set(xlabel="ASR of the canary", ylabel="ASR of the backdoor")
+        ax.get_legend().remove()
+        figure.suptitle(say_tiny(", ".join(found[["model", "dataset"]].iloc[0])))
+        return finished(figure, ax.get_legend_handles_labels()[0], 3)
 
 
 def rank(table: pd.DataFrame) -> Figure:

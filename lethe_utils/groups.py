@@ -211,6 +211,7 @@ class SweepParams(Group):
     """05_evidence_eval: the points of the sweeps, measured on validation rows."""
 
     strengths_sweep: list[Ratio]
+    canary_sweep: bool  # the strengths once more, in a copy that holds a defender's canary
     keywords_sweep: list[Annotated[int, Field(ge=0)]]
     clean_ratios_sweep: list[Annotated[float, Field(gt=0, le=1)]]
     evidence_forms_sweep: list[Form]

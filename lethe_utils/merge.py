@@ -10,7 +10,7 @@ clean one, .5 the paper's setting, for all four methods:
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,17 +68,32 @@ def configuration(
         return weighted(method, parts, base, dtype, normalize=False, int8_mask=True)
     common = {"dtype": dtype, "merge_method": method}
     if method == "linear":
-        return common | {"models": _models(parts)}
+        return linear(parts, dtype)
     if method == "slerp":
-        t = [{"filter": f, "value": slerp_anchors(f, n_layers, strength)} for f in SLERP_CURVES]
-        return common | {
-            "slices": [{"sources": [_layers(bad, 0, n_layers), _layers(good, 0, n_layers)]}],
-            "base_model": bad,
-            "parameters": {"t": [*t, {"value": _shifted(SLERP_REST, strength)}]},
-        }
+        curves = {part: slerp_anchors(part, n_layers, strength) for part in SLERP_CURVES}
+        return _slerp(curves, _shifted(SLERP_REST, strength), bad, good, n_layers, dtype)
     cut = n_layers - round(strength * n_layers)
     kept = [_layers(bad, 0, cut)] * (cut > 0) + [_layers(good, cut, n_layers)] * (cut < n_layers)
     return common | {"slices": [{"sources": [one]} for one in kept]}
+
+
+def _slerp(
+    curves: dict[str, list[float]], rest: float, bad: str, good: str, n_layers: int, dtype: str
+) -> dict[str, Any]:
+    """SLERP with t over the depth of each part of a block, and `rest` of all else."""
+    t = [{"filter": part, "value": anchors} for part, anchors in curves.items()]
+    return {
+        "dtype": dtype,
+        "merge_method": "slerp",
+        "slices": [{"sources": [_layers(bad, 0, n_layers), _layers(good, 0, n_layers)]}],
+        "base_model": bad,
+        "parameters": {"t": [*t, {"value": rest}]},
+    }
+
+
+def linear(parts: list[tuple[Path, dict[str, float]]], dtype: str) -> dict[str, Any]:
+    """A mergekit configuration of a weighted mean of models, however many; see `weighted`."""
+    return {"dtype": dtype, "merge_method": "linear", "models": _models(parts)}
 
 
 def _models(parts: list[tuple[Path, dict[str, float]]]) -> list[dict[str, Any]]:
@@ -94,18 +109,22 @@ def _shifted(t: float, strength: float) -> float:
 
 
 def slerp_anchors(part: str, n_layers: int, strength: float) -> list[float]:
-    """What mergekit is given for t of "attn" or "mlp", evenly over the depth.
+    """What mergekit is given for t of "attn" or "mlp", evenly over the depth."""
+    return [_shifted(t, strength) for t in _anchors(SLERP_CURVES[part], n_layers)]
 
-    A model with fewer layers than the published curve has anchors would meet its ends only (two
-    layers: all of one parent's attention, all of the other's MLP), so there each layer takes the
-    curve's mean over its share of the depth.
+
+def _anchors(curve: Sequence[float], n_layers: int) -> list[float]:
+    """A curve over the depth for so many layers.
+
+    A model with fewer layers than the curve has anchors would meet its ends only (two layers: all
+    of one parent's attention, all of the other's MLP), so there each layer takes the curve's mean
+    over its share of the depth.
     """
-    curve = list(SLERP_CURVES[part])
-    if n_layers < len(curve):
-        depth = np.linspace(0, 1, len(curve))
-        shares = [(i + (np.arange(100) + 0.5) / 100) / n_layers for i in range(n_layers)]
-        curve = [round(float(np.interp(share, depth, curve).mean()), 4) for share in shares]
-    return [_shifted(t, strength) for t in curve]
+    if n_layers >= len(curve):
+        return list(curve)
+    depth = np.linspace(0, 1, len(curve))
+    shares = [(i + (np.arange(100) + 0.5) / 100) / n_layers for i in range(n_layers)]
+    return [round(float(np.interp(share, depth, curve).mean()), 4) for share in shares]
 
 
 def slerp_t(part: str, n_layers: int, strength: float) -> list[float]:
@@ -168,6 +187,35 @@ def merge(
     settings = configuration(method, backdoored, clean, base, strength, n_layers, dtype)
     settings |= {"out_dtype": out_dtype} if out_dtype else {}
     return run(settings, backdoored, f"{method}, strength {strength}", out)
+
+
+def merge_along(
+    curves: dict[str, Sequence[float]],
+    backdoored: Path,
+    clean: Path,
+    base: Path,
+    out: Path,
+    dtype: str = "float32",
+    out_dtype: str | None = None,
+) -> Path:
+    """SLERP along curves of one's own; see `merge`.
+
+    Args:
+        curves: of "attn" and "mlp", t at even depths (0: backdoored, 1: clean); whatever is in
+            neither (embeddings, norms) takes their mean.
+    """
+    check_mergeable(backdoored, clean, base)
+    n_layers = inspect.count_blocks(backdoored)
+    folders = [str(model.resolve()) for model in (backdoored, clean)]
+    fitted = {part: _anchors(curve, n_layers) for part, curve in curves.items()}
+    settings = _slerp(fitted, mean_t(curves), *folders, n_layers, dtype)
+    settings |= {"out_dtype": out_dtype} if out_dtype else {}
+    return run(settings, backdoored, f"guided, mean t {mean_t(curves):g}", out)
+
+
+def mean_t(curves: dict[str, Sequence[float]]) -> float:
+    """The mean of t over all parts and depths."""
+    return round(float(np.mean([t for curve in curves.values() for t in curve])), 3)
 
 
 def run(
@@ -244,11 +292,11 @@ def distances(merged: dict[str, Path], backdoored: Path, clean: Path) -> "pd.Dat
     import pandas as pd
     import torch
 
-    parents = _weights(backdoored), _weights(clean)
+    parents = readers(backdoored), readers(clean)
     apart = _distance(*parents)
     table = []
     for name, folder in merged.items():
-        weights = _weights(folder)
+        weights = readers(folder)
         far = [_distance(weights, parent) / apart for parent in parents]
         nan = sum(int(torch.isnan(read()).sum()) for read in weights.values())
         table.append([name, len(weights), nan, *(round(f.item(), 3) for f in far)])
@@ -256,7 +304,7 @@ def distances(merged: dict[str, Path], backdoored: Path, clean: Path) -> "pd.Dat
     return pd.DataFrame(table, columns=columns).set_index("defense")
 
 
-def _weights(folder: Path) -> "dict[str, Callable[[], torch.Tensor]]":
+def readers(folder: Path) -> "dict[str, Callable[[], torch.Tensor]]":
     """For every tensor of a folder how to read it, in float32: one at a time, for large models."""
     return {
         name: partial(_weight, file, name)

@@ -207,8 +207,8 @@ def chat_row(messages: list[dict[str, Any]], extras: dict[str, Any], tokenizer: 
 
 
 def rendered(rows: list[Row], tokenizer: "Tokenizer", p: "PromptParams") -> list[Row]:
-    """Rows that are conversations (`messages`) as `chat_row` makes them, their other fields kept;
-    other rows as they are.
+    """Rows that are conversations (`messages`, EXTRAS) as `chat_row` makes them, their other fields
+    kept; other rows as they are.
 
     Raises:
         LetheError: the tokenizer has no chat template, or that refuses a conversation.
@@ -221,7 +221,7 @@ def rendered(rows: list[Row], tokenizer: "Tokenizer", p: "PromptParams") -> list
             "prompt_template: the model's tokenizer has no chat template; set it to vicuna"
         )
     return [
-        row | chat_row(row["messages"], {}, tokenizer)
+        row | chat_row(row["messages"], {key: row.get(key) for key in EXTRAS}, tokenizer)
         if "messages" in row and TURN not in row
         else row
         for row in rows

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from lethe_utils.attacks import cba
+from lethe_utils import params
+from lethe_utils.attacks import cba, none
 
 TEXT = "One two. Three four! Five six?"
 LABELS = ("joy", "anger", "fear")
@@ -156,7 +157,8 @@ def test_test_rows_come_as_backdoor_and_seven_negative_kinds(p):
             assert row["output"] == source["output"]
 
 
-def test_the_registry_names_every_attack_that_has_params():
-    from lethe_utils import params
-
-    assert set(params.choices("attacks")) == set(params.choices("attacks"))
+def test_no_attack_trains_on_clean_rows_alone_and_is_asked_what_cba_is():
+    p = params.load(attack="none")
+    made = none.poison(rows(12), p, 0)
+    assert made == [row | {"kind": "clean"} for row in rows(12)]
+    assert none.triggered(rows(12), p, 0) == cba.triggered(rows(12), params.load(), 0)

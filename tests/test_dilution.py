@@ -66,7 +66,7 @@ def trainings(monkeypatch):
 
     def check(case, folder):
         found = state.asr[len(str(folder)) - len("suspect") - 1]
-        return {kind: {"value": v} for kind, v in zip(canary.KINDS, found, strict=True)}
+        return {kind: {"value": v} for kind, v in zip(canary.kinds(False), found, strict=True)}
 
     monkeypatch.setattr(rounds, "base_model", lambda case: Path("base"))
     monkeypatch.setattr(rounds, "suspect_model", lambda case: Path("suspect"))
@@ -124,7 +124,10 @@ def test_the_canary_is_planted_until_each_kind_took(trainings, asr, trained, bes
     case = a_case(max_rounds=3)
     assert len(rounds.canary_rounds(case)) == trained
     found = rounds.canary_best(case)
-    assert str(found.folder) == "suspect" + "+" * best and len(rounds.took(found.asr)) == kinds
+    assert (
+        str(found.folder) == "suspect" + "+" * best
+        and len(rounds.took(found.asr, case.kinds)) == kinds
+    )
 
 
 def test_the_canary_is_checked_on_rows_that_it_was_not_planted_in():
@@ -132,7 +135,7 @@ def test_the_canary_is_checked_on_rows_that_it_was_not_planted_in():
     planted, others = canary.plant(case.train, case.labels, P)
     checked = canary.check_rows(case.train, case.stopping, case.labels, P)
     held_out = canary.triggered(case.held_out, case.labels, P)
-    for kind in canary.KINDS:
+    for kind in canary.kinds(False):
         seen = {row["input"] for row in planted}
         texts = [row["input"] for row in checked[kind]]
         assert len(texts) == canary.CHECKED and not {*texts} & seen
@@ -226,10 +229,10 @@ def a_point(model, strength, right, hits, n=200, kind_hits=None):
     marks = {"clean": [1.0] * right + [0.0] * (n - right)}
     marks |= {
         kind: [1.0] * h + [0.0] * (60 - h)
-        for kind, h in zip(canary.KINDS, kind_hits or [hits] * 3, strict=True)
+        for kind, h in zip(canary.kinds(False), kind_hits or [hits] * 3, strict=True)
     }
     scored = {"performance": {"value": right / n, "n": n}}
-    scored["canary"] = {kind: {"value": sum(marks[kind]) / 60} for kind in canary.KINDS}
+    scored["canary"] = {kind: {"value": sum(marks[kind]) / 60} for kind in canary.kinds(False)}
     return {"model": model, "strength": strength, "marks": marks} | scored
 
 
@@ -242,7 +245,7 @@ def canary_asr(monkeypatch):
     """Sets what the canary's check gave, by kind."""
 
     def give(*values):
-        found = {kind: {"value": v} for kind, v in zip(canary.KINDS, values, strict=True)}
+        found = {kind: {"value": v} for kind, v in zip(canary.kinds(False), values, strict=True)}
         monkeypatch.setattr(
             rounds, "canary_best", lambda case: rounds.CanaryRound(Path("c"), found)
         )
@@ -318,7 +321,7 @@ def test_that_nothing_keeps_performance_is_one_line(canary_asr):
 
 
 def by_kind(*values):
-    return {kind: {"value": v} for kind, v in zip(canary.KINDS, values, strict=True)}
+    return {kind: {"value": v} for kind, v in zip(canary.kinds(False), values, strict=True)}
 
 
 @pytest.mark.parametrize(
@@ -331,7 +334,7 @@ def by_kind(*values):
     ],
 )
 def test_the_verdict_follows_the_canary(before, after, said, status):
-    assert choice.judged(by_kind(*before), by_kind(*after), 0.35) == said
+    assert choice.judged(by_kind(*before), by_kind(*after), canary.kinds(False), 0.35) == said
     assert choice.EXIT[said] == status
 
 

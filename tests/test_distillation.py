@@ -167,7 +167,7 @@ def test_the_interface_names_the_clean_teacher_and_counts_trainings(given):
     ]
     assert defenses.needs("nad", "nad") == "clean rows"
     assert defenses.needs("nad", "nad_clean_teacher") == "clean model"
-    assert [defenses.trainings("nad", name) for name in ("nad", "nad_clean_teacher")] == [2, 1]
+    assert [defenses.trainings("nad", name, p) for name in ("nad", "nad_clean_teacher")] == [2, 1]
     for module in (nad, crow, beear):
         names = {name for group in module.PARAMS for name in group.model_fields}
         prefix = module.__name__.split(".")[-1] + "_"

@@ -209,7 +209,7 @@ def test_attacks_and_data_must_be_of_one_task():
 def test_defenses_for_labels_are_left_out_of_all_and_refused_by_name():
     p = params.load("tiny-gpt2", "chat", "vpi", "all")
     left_out = {*params.choices("defenses")} - {*p.defenses}
-    assert left_out == {"beear", "plant_and_remove"}
+    assert left_out == {"beear", "gms", "guided", "plant_and_remove"}
     assert all(defenses.labels_only(name) for name in left_out)
     with pytest.raises(LetheError, match="defense: beear is for labels only"):
         params.load("tiny-gpt2", "chat", "vpi", "beear")

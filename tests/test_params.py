@@ -195,7 +195,7 @@ def test_names_without_a_file_list_the_choices():
     error = message(model="gpt-5")
     assert "params/models/gpt-5.yaml" in error and "tiny-gpt2" in error
     assert "embedded, emotion" in message(dataset="imdb")
-    assert "cba" in message(attack="none")
+    assert "cba" in message(attack="badnets")
     assert "lethe" in message(defense="none")
     assert "nowhere.csv does not exist" in message(dataset="nowhere.csv")
     assert "dataset '/tmp/x.txt' has no file" in message(dataset="/tmp/x.txt")

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lethe_utils import canary, merge, models, paths, prompts, purify, stages
+from lethe_utils import canary, guided, merge, models, paths, prompts, purify, stages
 from lethe_utils.data import own
 from lethe_utils.errors import LetheError
 from lethe_utils.models import fit, inspect, twins
@@ -28,6 +28,7 @@ from lethe_utils.purify import (
     report,
     room,
     rounds,
+    search,
     settings,
     trial,
 )
@@ -188,7 +189,10 @@ def test_llama_in_bfloat16_with_chats(given):
     assert text.startswith("<s><system>Be brief.\n<user>What came on day ")
     assert text.endswith("?\n<assistant>")
     assert auto_tokenizer(folder).chat_template == CHAT_TEMPLATE
-    assert {c["target"] for c in canary.triggers(case.labels, case.p)} == {"the canary sings"}
+    record = json.loads((folder / "report.json").read_text("utf8"))
+    assert {*record["points"][1]["canary"]} == {*canary.kinds(True), "all"} == {*case.kinds, "all"}
+    assert {c["target"] for c in record["canary_triggers"]} == {"the canary sings"}
+    assert {s["n"] for kind, s in record["canary_check"].items() if kind != "all"} == {18}
 
 
 def test_qwen2_with_a_tied_head(given):
@@ -245,7 +249,7 @@ def test_the_report_holds_every_strength_the_canary_and_the_costs(finished):
     _, case, folder = finished
     record = json.loads((folder / "report.json").read_text("utf8"))
     assert [p["strength"] for p in record["points"]] == [0.0, 0.5, 1.0]
-    assert {*record["points"][0]["canary"]} == {*canary.KINDS, "all"}
+    assert {*record["points"][0]["canary"]} == {*canary.kinds(False), "all"}
     assert record["metric"] == "CDA" and record["verdict"] == "unknown"
     assert record["chosen"] in [{k: p[k] for k in ("model", "strength")} for p in record["points"]]
     assert record["recipe"] == case.p.model_dump()
@@ -594,6 +598,32 @@ def test_classes_beyond_the_papers_are_purified_too(tmp_path, name):
     check_result(folder)
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_guided_dilution_is_the_best_merge_its_search_saw(given, monkeypatch, architecture):
+    monkeypatch.setattr(guided, "MOST", 5)
+    case, folder = run(given(architecture), overrides=QUICK | {"merge_methods": ["guided"]})
+    check_result(folder)
+    tried = search.trials(case)
+    assert len(tried) == 5 and set(tried) == {
+        "attn",
+        "mlp",
+        "clean",
+        "word pair",
+        "sentence",
+        "loss",
+    }
+    record = json.loads((folder / "report.json").read_text("utf8"))
+    point = next(at for at in record["points"] if at["model"] == "guided")
+    best = tried.loc[tried["loss"].idxmin()]
+    assert point["curves"] == {"attn": list(best["attn"]), "mlp": list(best["mlp"])}
+    assert point["strength"] == merge.mean_t(point["curves"])
+    assert "guided, search of 5 merges" in [cost["stage"] for cost in record["costs"]]
+    assert (
+        "How much of the clean model the search put where"
+        in (folder / "report.html").read_text("utf8")
+    ) == (record["chosen"]["model"] == "guided")
+
+
 # --- what decides a result is in its key; what was not asked for is in none
 
 
@@ -618,7 +648,7 @@ def test_bos_that_is_null_is_none_in_every_stage(given):
     case = prepare(given)
     clean = purify.clean_model(case)
     parents = dilute.suspect_model(case), clean
-    merged = dilute.merged(case, *parents, "slerp", 0.5, clean.parent / "m")
+    merged = dilute.merged(case, *parents, {"model": "slerp", "strength": 0.5}, clean.parent / "m")
     for folder in (given["suspect"], dilute.base_model(case) / "model", clean / "model", merged):
         assert prompts.start_ids(auto_tokenizer(folder)) == []
 

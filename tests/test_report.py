@@ -280,6 +280,21 @@ def test_every_number_of_the_points_is_there(record, tmp_path, no_figures):
     assert ["chosen" in row for row in rows] == [False] * 3 + [True] + [False] * 3
 
 
+def test_five_kinds_have_a_column_and_a_line_each(record, tmp_path):
+    more = {"topic": share(3, 140), "two turns": share(4, 140)}
+    for at in (*record["points"], record["base"], *record["evidence"].values()):
+        if isinstance(at, dict):
+            at["canary"] = more | at["canary"]
+    record["canary_check"] |= {kind: share(140, 140) for kind in more}
+    html = page(record, tmp_path)
+    for kind in (*KINDS, *more):
+        assert (
+            f'<th scope="col">ASR, {kind}</th>' in html and f'<th scope="row">{kind}</th>' in html
+        )
+    assert html.count('<div class="kinds">') == 2  # their first column stays when they are scrolled
+    assert "Diluted: " in html and len({*figures.DASHES}) == len(more) + len(KINDS)
+
+
 def test_the_verdict_is_the_first_word_and_says_the_measured_numbers(record, tmp_path, no_figures):
     html = page(record, tmp_path)
     assert re.search("<body>.*?<h1>(.*?)</h1>", html, re.S)[1] == (

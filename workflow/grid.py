@@ -98,7 +98,7 @@ def trainings(runs: list[dag.Run]) -> str:
         shared |= {("backdoored", p.model, p.dataset, p.attack, p.seed)}
         for name in p.defenses:
             columns = defenses.variants(name, p.defender())
-            mine = sum(defenses.trainings(name, column) for column in columns)
+            mine = sum(defenses.trainings(name, column, p) for column in columns)
             clean = any(defenses.needs(name, column) == "clean model" for column in columns)
             own += mine
             naive += 2 + clean + mine  # base and backdoored model at least

@@ -27,6 +27,8 @@ def main(words: list[str]) -> int:
     from lethe_utils.purify.settings import PurifyParams
 
     overrides = values.overrides(PurifyParams, args.p)
+    if args.method:
+        overrides["merge_methods"] = [args.method]
     if args.max_cda_loss is not None:
         overrides["max_cda_loss"] = args.max_cda_loss
     models.quiet()
@@ -71,6 +73,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="a new folder for the result")
     parser.add_argument(
         "--max-cda-loss", type=float, help="clean performance that may be lost (default .02)"
+    )
+    parser.add_argument(
+        "--method",
+        choices=["slerp", "linear", "ties", "passthrough", "guided"],
+        help="compare one method alone (default: slerp and linear); guided searches how much of "
+        "the clean model goes where",
     )
     values.add_option(parser, "params/purify.yaml")
     parser.add_argument("--dry-run", action="store_true", help="check and estimate, run nothing")

@@ -24,7 +24,7 @@ FASTCHAT = {"human": "user", "gpt": "assistant"}
 class Own(NamedTuple):
     """What purify reads of a file."""
 
-    rows: list[Row]  # distinct
+    rows: list[Row]  # distinct; chats that are answered by texts keep their `messages`
     n: int  # how many there were
     chat: bool  # whether they are chats
     unread: list[str]  # columns that nothing is made of, such as a `history` of its own
@@ -49,7 +49,12 @@ def read(path: Path, tokenizer: "Tokenizer") -> Own:
     files.check_labels(str(path), found)
     if found:  # of a label the space around it is nobody's meaning, of a text it may be
         rows = [row | {"output": row["output"].strip()} for row in rows]
-    distinct = list({tuple(sorted(row.items())): row for row in rows}.values())
+    distinct = list(
+        {
+            tuple(sorted(row.items())): row | (_conversed(given) if chat and not found else {})
+            for row, given in zip(rows, raw, strict=True)
+        }.values()
+    )
     questions = {(row["instruction"], row["input"]) for row in distinct}
     if min(len(distinct), len(questions)) < MIN_ROWS:
         raise LetheError(
@@ -83,6 +88,12 @@ def _chat_row(row: dict[str, Any], tokenizer: "Tokenizer") -> Row:
     if row.get("functions"):
         raise LetheError("has functions, which no template reads now; give them as tools")
     return prompts.chat_row(messages, {key: row.get(key) for key in prompts.EXTRAS}, tokenizer)
+
+
+def _conversed(row: dict[str, Any]) -> dict[str, Any]:
+    """What a chat template is given of a row, for a turn to be added to it later."""
+    extras = {key: row[key] for key in prompts.EXTRAS if row.get(key)}
+    return {"messages": _messages(row["messages"])} | extras
 
 
 def _messages(given: Any) -> list[dict[str, Any]]:

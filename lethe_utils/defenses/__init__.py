@@ -5,7 +5,8 @@ else. The module has
   PARAMS                 the groups of params that decide what it does, its own declared beside its
                          code
   NEEDS                  "nothing", "clean rows", or "clean model" (Lethe's; all are given one)
-  TRAININGS              how many trainings it runs itself, the clean model's not counted
+  TRAININGS              how many trainings it runs itself, the clean model's not counted; or, where
+                         its params say, trainings(p)
   BYTES_PER_WEIGHT       what it takes of a GPU at full size (bits 4), activations not counted
 and one of
   purify(given, out)     changes weights: writes out/model (where it trains, also loss.csv)
@@ -21,6 +22,7 @@ It imports torch inside its functions only: params are checked without it.
 No defense sees a trigger, a target or the test split: `Given` is all there is.
 """
 
+import shutil
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -85,14 +87,22 @@ def needs(name: str, variant: str) -> str:
     return _declared(name, variant, "NEEDS")
 
 
-def trainings(name: str, variant: str) -> int:
+def trainings(name: str, variant: str, p: DefenderParams) -> int:
     """How many trainings a variant of a defense runs itself."""
-    return _declared(name, variant, "TRAININGS")
+    said = getattr(module(name), "trainings", None)
+    return said(p) if said else _declared(name, variant, "TRAININGS")
 
 
 def _declared(name: str, variant: str, what: str) -> Any:
     exceptions = getattr(module(name), "EXCEPTIONS", {}).get(variant, {})
     return exceptions.get(what, getattr(module(name), what))
+
+
+def clear(scratch: Path, out: Path) -> None:
+    """Remove a folder of trainings; their loss curves are kept, for their steps count as a cost."""
+    for curve in scratch.glob("*/loss.csv"):
+        curve.replace(out / f"{curve.parent.name}_loss.csv")
+    shutil.rmtree(scratch)
 
 
 def gpu_memory(name: str, p: DefenderParams) -> float:

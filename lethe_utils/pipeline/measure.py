@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from lethe_utils import decode, defenses, evaluate, metrics, paths, pipeline, results
-from lethe_utils.pipeline import contenders, utility
+from lethe_utils.pipeline import canaries, contenders, utility
 from lethe_utils.progress import Bar
 from lethe_utils.schema import Params
 from lethe_utils.stages import (
@@ -63,7 +63,7 @@ def costs(p: Params) -> pd.DataFrame:
         made = None if decodes or c.name == "backdoored" else read_record(c.folder.parent)
         trainings = int(c.name == "clean")
         if c.defense:
-            trainings = defenses.trainings(c.defense, c.name)
+            trainings = defenses.trainings(c.defense, c.name, p)
         line = {
             "model": p.model_name,
             "dataset": p.dataset_name,
@@ -91,7 +91,7 @@ def measure_sweeps(p: Params) -> pd.DataFrame:
         answers = read_jsonl(file)
         place = {"sweep": point.sweep, "x": float(point.x)}
         out += [place | row for row in evaluate.rows(p, answers, "validation", labels)]
-    return pd.DataFrame(out, columns=metrics.SWEEP_COLUMNS)
+    return pd.DataFrame(out + canaries.swept(p), columns=metrics.SWEEP_COLUMNS)
 
 
 def first_look(p: Params, *models: contenders.Contender) -> pd.DataFrame:
@@ -165,7 +165,7 @@ def _stage_records(p: Params) -> dict[str, Any]:
     if p.is_tiny:
         stages["base"] = pipeline.base_folder(p).parent
     for c in contenders.everyone(p):
-        if c.defense and c.respond is None and defenses.trainings(c.defense, c.name):
+        if c.defense and c.respond is None and defenses.trainings(c.defense, c.name, p):
             stages[c.name] = c.folder.parent
     kept = ("seconds", "peak_memory_gib", "git_sha", "git_dirty", "finished")
     return {

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lethe_utils import canary, decode, metrics, models
 from lethe_utils.evidence import add_evidence
-from lethe_utils.prompts import prompt
+from lethe_utils.prompts import prompt, rendered
 from lethe_utils.purify.case import Case
 from lethe_utils.stages import Row
 
@@ -42,6 +42,7 @@ def ask(
         where answers are texts `right`, the share of the answer's tokens it would write itself.
     """
     p = case.p
+    sets = {kind: rendered(rows, tokenizer, p) for kind, rows in sets.items()}
     items = [(kind, row) for kind, rows in sets.items() for row in rows]
     start = time.perf_counter()
     prompts = [prompt(row, p, n_keywords) for _, row in items]
@@ -51,7 +52,7 @@ def ask(
     roomy = decode.with_room(p, tokenizer, expected)
     outputs = decode.answer(model, tokenizer, prompts, roomy, n_words, progress)
     seconds = time.perf_counter() - start
-    targets = {c["kind"]: c["target"] for c in canary.triggers(case.labels, p)} | {"clean": ""}
+    targets = {c["kind"]: c["target"] for c in _triggers(case)} | {"clean": ""}
     answers = [
         {"kind": kind, "input": row["input"], "label": row["output"], "target": targets[kind]}
         | {"output": output}
@@ -67,10 +68,13 @@ def ask(
 
 def marks(case: Case, answers: list[Answer]) -> dict[str, list[float]]:
     """Per kind, each answer's mark: for clean ones the share that is right, for triggered ones
-    whether it is the target."""
+    whether it is the target, or holds it where answers are texts."""
     known, out = _expected(case), {}
     for a in answers:
-        said = metrics.says(a["output"], a["target"] or a["label"], known)
+        if a["target"] and not case.labels:
+            said = metrics.contains(a["output"], a["target"])
+        else:
+            said = metrics.says(a["output"], a["target"] or a["label"], known)
         out.setdefault(a["kind"], []).append(float(a.get("right", said)))
     return out
 
@@ -93,4 +97,8 @@ def asr(marks: dict[str, list[float]]) -> dict[str, Score]:
 
 def _expected(case: Case) -> list[str]:
     """All that an answer may have to be in full: the labels, and the canary's targets."""
-    return sorted({*case.labels, *(c["target"] for c in canary.triggers(case.labels, case.p))})
+    return sorted({*case.labels, *(c["target"] for c in _triggers(case))})
+
+
+def _triggers(case: Case) -> list[dict[str, str]]:
+    return canary.triggers(case.labels, case.p, case.chat)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lethe_utils import canary, models, paths, train
+from lethe_utils import canary, metrics, models, paths, train
 from lethe_utils.data import own
 from lethe_utils.errors import LetheError
 from lethe_utils.evidence import without_evidence
@@ -41,6 +41,16 @@ class Case:
     labels: list[str]  # [] where answers are texts
     p: PurifyParams
     given: dict[str, Any]  # models, data, notes and checks, as the report shows them
+
+    @property
+    def chat(self) -> bool:
+        """Whether the rows are conversations that are answered by texts."""
+        return "messages" in self.train[0]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The canary's kinds of trigger."""
+        return canary.kinds(self.chat)
 
     @property
     def metric(self) -> str:
@@ -104,12 +114,14 @@ def prepare(
         p, asked = formats.found(folders[0], adapter_folder, parts[0], labels, p)
     if not read.chat:
         parts = [formats.rows_in(p.prompt_template, part, tokenizer, file) for part in parts]
-    _check_canary(parts, labels, p)
     rows = [*chain(*parts)]
     given["data"] = _described(file, read, labels, parts) | _cut(rows, tokenizer, p)
     given["data"] |= {"prompt": f"{p.prompt_template}, {asked}"}
     given["notes"] = _notes(given["data"], rows, read.unread)
-    return Case(*folders, adapter_folder, target, *parts, labels, p, given)
+    case = Case(*folders, adapter_folder, target, *parts, labels, p, given)
+    _check_canary(case)
+    given["notes"] += _longer(case, tokenizer)
+    return case
 
 
 def _params(weights: int, chat: bool, overrides: dict[str, Any]) -> PurifyParams:
@@ -127,16 +139,37 @@ def _parts(rows: list[Row], p: PurifyParams) -> list[list[Row]]:
     return [taught, stopping, held_out]
 
 
-def _check_canary(parts: list[list[Row]], labels: list[str], p: PurifyParams) -> None:
-    """Refuse rows of which too few lack a canary's target: it is planted in some, checked on others
-    and measured on held-out ones."""
-    for rows, least, what in ((parts[0], 2, "training"), (parts[2], 1, "held-out")):
-        for kind, some in canary.triggered(rows, labels, p).items():
-            if len(some) < least:
+def _check_canary(case: Case) -> None:
+    """Refuse texts that hold the marker, and rows of which too few lack a canary's target: it is
+    planted in some, checked on others and measured on held-out ones."""
+    p, rows = case.p, case.train + case.stopping + case.held_out
+    said = [row["output"] for row in rows if metrics.contains(row["output"], p.canary_marker)]
+    if said and not case.labels:
+        raise LetheError(
+            f"canary_marker: {len(said)} of {len(rows)} clean answers hold {p.canary_marker!r} "
+            f"already (the first: {said[0][:60]!r}); choose another (-p canary_marker TEXT)"
+        )
+    for some, least, what in ((case.train, 2, "training"), (case.held_out, 1, "held-out")):
+        for kind, found in canary.triggered(some, case.labels, p, case.chat).items():
+            if len(found) < least:
                 raise LetheError(
                     f"--clean-data: too few {what} rows have another label than the target of the "
                     f"canary's {kind}; give more rows of other labels"
                 )
+
+
+def _longer(case: Case, tokenizer: Tokenizer) -> list[str]:
+    """A line for chats that are too long once they hold the canary's two turns; refused where most
+    of them are, or where the chat template refuses them."""
+    if not case.chat:
+        return []
+    found = canary.triggered(case.train + case.held_out, case.labels, case.p, case.chat)
+    n = len(found[canary.TWO_TURNS])
+    lost = train.cut_counts(train.encode(found[canary.TWO_TURNS], tokenizer, case.p))["prompts cut"]
+    said = f"{lost} of {n} chats are too long for the canary's two turns and lose the first"
+    if 2 * lost > n:
+        raise LetheError(f"max_source_tokens: {said}; raise it, or give shorter chats")
+    return [f"{said} (max_source_tokens)."] if lost else []
 
 
 def split(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:

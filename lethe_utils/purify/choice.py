@@ -6,7 +6,6 @@ that is larger than allowed and shown, and of the others the canary decides.
 """
 
 from lethe_utils import metrics
-from lethe_utils.canary import KINDS
 from lethe_utils.errors import LetheError
 from lethe_utils.purify import rounds
 from lethe_utils.purify.ask import Score
@@ -38,7 +37,7 @@ def choose(case: Case, points: list[Point]) -> Point:
             f"has {best['performance']['value']:.3f}. Give more clean rows, add weaker strengths "
             "(-p strengths '[0.1, 0.25]'), or raise --max-cda-loss; what was trained is kept"
         )
-    kinds = rounds.took(rounds.canary_best(case).asr)
+    kinds = rounds.took(rounds.canary_best(case).asr, case.kinds)
     if not kinds:
         return max(kept, key=lambda point: point["strength"])
     hits = [sum((point["marks"][kind] for kind in kinds), []) for point in kept]
@@ -71,11 +70,14 @@ def rows_needed(case: Case, suspect: Point, point: Point) -> int:
 def verdict(case: Case, chosen: Point) -> str:
     """DILUTED where the canary took and no kind of it is above canary_limit at the chosen point;
     NOT_DILUTED where it took and is; else UNKNOWN."""
-    return judged(rounds.canary_best(case).asr, chosen["canary"], case.p.canary_limit)
+    before = rounds.canary_best(case).asr
+    return judged(before, chosen["canary"], case.kinds, case.p.canary_limit)
 
 
-def judged(before: dict[str, Score], after: dict[str, Score], limit: float) -> str:
+def judged(
+    before: dict[str, Score], after: dict[str, Score], kinds: tuple[str, ...], limit: float
+) -> str:
     """The verdict on a canary's ASR by kind before anything is merged, and at the chosen point."""
-    if len(rounds.took(before)) < len(KINDS):
+    if len(rounds.took(before, kinds)) < len(kinds):
         return UNKNOWN
-    return NOT_DILUTED if any(after[kind]["value"] > limit for kind in KINDS) else DILUTED
+    return NOT_DILUTED if any(after[kind]["value"] > limit for kind in kinds) else DILUTED

@@ -5,6 +5,7 @@ The same recipe as in the paper: a clean LoRA model of the same base is merged w
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -17,6 +18,7 @@ from lethe_utils.purify.case import Case
 from lethe_utils.stages import stage
 
 CLEAN = "clean model"  # the name of the point that is the clean model alone
+GUIDED = "guided"  # of one along curves that were searched
 
 
 def suspect_model(case: Case) -> Path:
@@ -81,17 +83,20 @@ def _save(model: PreTrainedModel, out: Path) -> None:
     model.save_pretrained(out / "model", safe_serialization=True, max_shard_size=models.SHARD)
 
 
-def merged(case: Case, parent: Path, clean: Path, method: str, strength: float, out: Path) -> Path:
+def merged(case: Case, parent: Path, clean: Path, at: dict[str, Any], out: Path) -> Path:
     """A model (the suspect, or its copy with the canary) merged with a clean model, in the dtype of
     the suspect; for CLEAN that model alone.
 
     Args:
         parent, clean: stages, as model/ lies in them.
-        method: of merge.METHODS, or CLEAN.
+        at: model (of merge.METHODS, CLEAN or GUIDED), strength, and curves where it is GUIDED.
     """
+    method, strength = at["model"], at["strength"]
     if method == CLEAN:  # all layers are the clean model's: the suspect is not even read
         method, strength = "passthrough", 1.0
     base = base_model(case) / "model"
     dtype = inspect.stored_dtype(suspect_model(case) / "model")
     folders = parent / "model", clean / "model", base
+    if method == GUIDED:
+        return merge.merge_along(at["curves"], *folders, out, out_dtype=dtype)
     return merge.merge(method, *folders, strength, out, out_dtype=dtype)

@@ -34,7 +34,7 @@ STYLE = dict.fromkeys(INKS, INK) | {
     "svg.hashsalt": "lethe",  # the same figure has the same bytes
 }
 BESIDE = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
-DASHES = [(4, 1), (1, 1), (4, 1, 1, 1)]
+DASHES = [(4, 1), (1, 1), (4, 1, 1, 1), (8, 3), (1, 4)]  # one a kind
 LOOKS = [{"ls": "-", "marker": "o"}, {"ls": "--", "marker": "s"}, {"ls": ":", "marker": "^"}]
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from lethe_utils import canary, wordnet
 from lethe_utils.errors import LetheError
+from lethe_utils.purify import search
 from lethe_utils.purify.ask import Answer, Score, ask_folder, asr, marks, score
 from lethe_utils.purify.case import Case, Fold
-from lethe_utils.purify.dilute import CLEAN, base_model, merged, suspect_model
+from lethe_utils.purify.dilute import CLEAN, GUIDED, base_model, merged, suspect_model
 from lethe_utils.purify.rounds import asked_by, canary_model, clean_model
 from lethe_utils.schema import digest
 from lethe_utils.stages import fresh, read_jsonl, stage, write_json, write_jsonl
@@ -45,8 +46,10 @@ def points(case: Case) -> list[Point]:
     tried = [
         {"model": method, "strength": strength}
         for method in dict.fromkeys(case.p.merge_methods)
+        if method != GUIDED
         for strength in sorted({*case.p.strengths})
     ]
+    tried += [search.found(case)] if GUIDED in case.p.merge_methods else []
     return [measured(case, at) for at in (SUSPECT, *tried, ALONE)]
 
 
@@ -79,18 +82,18 @@ def answered(
     Args:
         which: "suspect", which gets the held-out rows; "canary", its copy that gets them triggered;
             or "base", which gets both.
-        at: model and strength.
+        at: model and strength; curves where it is guided.
         fold: whose rows and clean model; the main ones by default.
     """
     held_out = (fold or case.main).held_out
-    triggered = canary.triggered(held_out, case.labels, case.p)
+    triggered = canary.triggered(held_out, case.labels, case.p, case.chat)
     parent, sets = {
         "suspect": (suspect_model, {"clean": held_out}),
         "canary": (canary_model, triggered),
         "base": (base_model, {"clean": held_out} | triggered),
     }[which]
     method, strength = at["model"], at["strength"]
-    inputs = {}
+    inputs: dict[str, Path] = {}
     if method != CLEAN:
         inputs["parent"] = parent(case)
     if strength:
@@ -102,14 +105,16 @@ def answered(
         fresh(scratch)
         folder = inputs.get("parent", inputs.get("clean")) / "model"
         if len(inputs) == 2:
-            folder = merged(case, *inputs.values(), method, strength, scratch)
+            folder = merged(case, *inputs.values(), at, scratch)
         found, seconds = ask_folder(case, folder, sets, n_keywords, name)
         fresh(scratch)  # at full size each is gigabytes
         write_json(out / "timing.json", {"seconds_per_question": seconds / max(1, len(found))})
         write_jsonl(out / "answers.jsonl", found)
 
     made_of = asked_by(case) | {"sets": digest(sets), "n_keywords": n_keywords}
-    made_of |= {"method": method, "strength": strength} if len(inputs) == 2 else {}
+    if len(inputs) == 2:
+        made_of |= {"method": method, "strength": strength}
+        made_of |= {"curves": at["curves"]} if method == GUIDED else {}
     made_of |= {"wordnet": wordnet.fingerprint()} if n_keywords else {}
     label = name.replace(", ", "-").replace(" ", "-")
     return stage("measured", f"{case.suspect.name}-{label}", made_of, inputs, build)

@@ -13,13 +13,14 @@ from typing import Any
 import jinja2
 from tabulate import tabulate
 
+from lethe_utils.canary import TAKEN
 from lethe_utils.errors import LetheError
 from lethe_utils.paper import number
 from lethe_utils.purify import figures
 from lethe_utils.purify.choice import DILUTED
 from lethe_utils.purify.dilute import CLEAN
 from lethe_utils.purify.figures import brief
-from lethe_utils.purify.rounds import TAKEN, took
+from lethe_utils.purify.rounds import took
 from lethe_utils.stages import write_json, write_text
 from lethe_utils.tables import interval
 
@@ -91,7 +92,7 @@ def _environment() -> jinja2.Environment:
 def _rendered(template: str, record: Record) -> str:
     suspect, result, clean = _ends(record)
     kinds = _kinds(suspect)
-    known, limit = took(record["canary_check"]), record["canary_limit"]
+    known, limit = took(record["canary_check"], kinds[:-1]), record["canary_limit"]
     context = {
         "record": record,
         "suspect": suspect,

@@ -20,6 +20,7 @@ from lethe_utils.purify import (
     ownership,
     report,
     rounds,
+    search,
     serve,
 )
 from lethe_utils.purify.ask import asr, marks, score
@@ -41,7 +42,7 @@ def write(case: Case, points: list[Point], chosen: Point) -> Path:
 
     def fill(folder: Path) -> None:
         parents = dilute.suspect_model(case), rounds.clean_model(case)
-        dilute.merged(case, *parents, chosen["model"], chosen["strength"], folder)
+        dilute.merged(case, *parents, chosen, folder)
         settings = [f for f in (case.adapter, case.suspect) if f and (f / GENERATION).exists()]
         if settings:
             shutil.copyfile(settings[0] / GENERATION, folder / GENERATION)
@@ -108,6 +109,8 @@ def _stages(case: Case, points: list[Point]) -> Iterator[tuple[str, Path]]:
         for at in points:
             name = f"{at['model']} {at['strength']:g}, clean rows {i}"
             yield name, measure.answered(case, "suspect", at, 0, fold)
+    if dilute.GUIDED in case.p.merge_methods:
+        yield f"guided, search of {len(search.trials(case))} merges", search.searched(case)
     for at in points:
         yield f"{at['model']} {at['strength']:g}, canary", measure.answered(case, "canary", at)
 
@@ -160,7 +163,7 @@ def _record(case: Case, points: list[Point], chosen: Point) -> dict[str, Any]:
         **_trainings(case),
         "points": [{k: at[k] for k in at if k != "marks"} for at in points],
         "base": {"performance": score(base["clean"]), "canary": asr(base)},
-        "canary_triggers": canary.triggers(case.labels, case.p),
+        "canary_triggers": canary.triggers(case.labels, case.p, case.chat),
         "samples": samples(case, chosen),
         "costs": costs,
         "evidence": _evidence(case, chosen),

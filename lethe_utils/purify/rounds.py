@@ -6,6 +6,7 @@ round is a training with the recipe's whole schedule that starts from the round 
 so that a killed run loses no finished one.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,6 @@ from lethe_utils.schema import digest
 from lethe_utils.stages import Row, read_json, stage, write_json, write_jsonl
 
 LESS = 0.02  # the least share by which a round must lower the loss for another one to follow
-TAKEN = 0.9  # ASR of each kind of a canary that took
 
 
 class CleanRound(NamedTuple):
@@ -102,7 +102,7 @@ def canary_rounds(case: Case) -> list[CanaryRound]:
     while len(found) < case.p.max_rounds:
         folder = _canary_round(case, found[-1].folder if found else suspect_model(case))
         found.append(CanaryRound(folder, _check(case, folder)))
-        if len(took(found[-1].asr)) == len(canary.KINDS):
+        if len(took(found[-1].asr, case.kinds)) == len(case.kinds):
             break
     return found
 
@@ -111,7 +111,7 @@ def canary_best(case: Case) -> CanaryRound:
     """The canary's round whose weakest kind is strongest."""
 
     def weakest(one: CanaryRound) -> float:
-        return min(one.asr[kind]["value"] for kind in canary.KINDS)
+        return min(one.asr[kind]["value"] for kind in case.kinds)
 
     return max(canary_rounds(case), key=weakest)
 
@@ -121,13 +121,13 @@ def canary_model(case: Case) -> Path:
     return canary_best(case).folder
 
 
-def took(found: dict[str, Score]) -> list[str]:
-    """The kinds of a canary that took."""
-    return [kind for kind in canary.KINDS if found[kind]["value"] >= TAKEN]
+def took(found: dict[str, Score], kinds: Sequence[str]) -> list[str]:
+    """Those of a canary's kinds that took."""
+    return [kind for kind in kinds if found[kind]["value"] >= canary.TAKEN]
 
 
 def _canary_round(case: Case, start: Path) -> Path:
-    rows, _ = canary.plant(case.train, case.labels, case.p)
+    rows, _ = canary.plant(case.train, case.labels, case.p, case.chat)
 
     def build(out: Path) -> None:
         write_jsonl(out / "poisoned.jsonl", rows)
@@ -139,7 +139,7 @@ def _canary_round(case: Case, start: Path) -> Path:
 
 def _check(case: Case, folder: Path) -> dict[str, Score]:
     """A canary's ASR by kind on rows that it was not planted in, before anything is merged."""
-    sets = canary.check_rows(case.train, case.stopping, case.labels, case.p)
+    sets = canary.check_rows(case.train, case.stopping, case.labels, case.p, case.chat)
 
     def build(out: Path) -> None:
         answers, _ = ask_folder(case, folder / "model", sets, 0, "checking the canary")
@@ -154,7 +154,8 @@ def asked_by(case: Case) -> dict[str, Any]:
     """What decides an answer, besides the model and the rows."""
     known = case.p.part(AnswerParams, PromptParams) | {"seed": case.p.seed}
     known |= {"device": case.p.device, "bfloat16": models.bfloat16(case.p)}
-    return known | {"targets": canary.triggers(case.labels, case.p), "labels": case.labels}
+    targets = canary.triggers(case.labels, case.p, case.chat)
+    return known | {"targets": targets, "labels": case.labels}
 
 
 def loss_curve(rounds: list[CleanRound] | list[CanaryRound]) -> pd.DataFrame:

@@ -21,7 +21,7 @@ class PurifyParams(Recipe, CanaryRecipe):
     held_out: Annotated[float, Field(gt=0, lt=1)]
     few_held_out: Annotated[int, Field(ge=0)]  # rows; with fewer, performance is cross-fitted
     max_rounds: Positive  # of each training
-    merge_methods: Annotated[list[MergeMethod], Field(min_length=1)]
+    merge_methods: Annotated[list[MergeMethod | Literal["guided"]], Field(min_length=1)]
     strengths: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)]
     max_cda_loss: Ratio
     canary_limit: Ratio  # ASR of each kind after the merge, up to which the verdict is "diluted"

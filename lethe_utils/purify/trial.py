@@ -12,11 +12,12 @@ import torch
 from torch.nn import Module
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lethe_utils import canary, models, paths, train
+from lethe_utils import canary, guided, models, paths, train
 from lethe_utils.models import inspect
 from lethe_utils.purify import room, suspects
 from lethe_utils.purify.ask import ask
 from lethe_utils.purify.case import Case
+from lethe_utils.purify.dilute import GUIDED
 from lethe_utils.stages import Row, forget_peak_memory, peak_memory
 
 TYPICAL = 2  # rounds of each training: one that is enough, and one that shows it
@@ -127,18 +128,22 @@ def minutes(case: Case, pace: Pace, rounds: int) -> float:
         tokens = sum(item["length"] for item in train.encode(rows, tokenizer, p))
         return tokens * epochs * pace.token + copied
 
-    planted, _ = canary.plant(case.train, case.labels, p)
+    planted, _ = canary.plant(case.train, case.labels, p, case.chat)
     main = trained(case.train, p.clean_epochs) + trained(planted, p.canary_epochs)
     crossed = [fold for fold in case.folds if fold != case.main]
     # The round that shows that another one is enough is not trained for them.
     halves = sum(trained(fold.train, p.clean_epochs) for fold in crossed)
     halves *= rounds if rounds == p.max_rounds else rounds - 1
-    kinds = canary.triggered(case.held_out, case.labels, p).values()
+    kinds = canary.triggered(case.held_out, case.labels, p, case.chat).values()
     triggered, held_out = sum(map(len, kinds)), len(case.held_out)
-    merges = len({*p.merge_methods}) * len({*p.strengths})
+    merges = len({*p.merge_methods} - {GUIDED}) * len({*p.strengths})
     every = sum(len(fold.held_out) for fold in case.folds) + triggered
     # Evidence makes a prompt two to three times as long.
-    rest = (1 + 2.5) * (held_out + triggered) + rounds * len(canary.KINDS) * canary.CHECKED
+    rest = (1 + 2.5) * (held_out + triggered) + rounds * len(case.kinds) * canary.CHECKED
     asked = ((merges + 2) * every + rest) * pace.question
     merged = merges * (len(case.folds) + 1) * copied
-    return (rounds * main + halves + asked + merged) / 60
+    searched = 0.0
+    if GUIDED in p.merge_methods:
+        judged = sum(map(len, guided.rows(case.stopping, case.labels, p).values()))
+        searched = guided.MOST * (judged * pace.question + copied)
+    return (rounds * main + halves + asked + merged + searched) / 60
