@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from lethe_utils import merge, paper, paths, tables
+from lethe_utils import attacks, generation, merge, paper, paths, prediction, tables
 from lethe_utils.errors import LetheError
 from lethe_utils.groups import DEFAULT_ATTACK, DEFAULT_DATASET, DEFAULT_MODEL, TWIN
 from lethe_utils.paper import PAPER, number
@@ -48,20 +48,31 @@ def _write(out: Path, measured: Measured, default: tuple[str, str, str]) -> Path
     read_first = first[first["defense"].isin(READ_FIRST)]
     settings = next(p for p in released_params().values() if _setup(p) == default)
     t = merge.slerp_table(settings["n_layers"], [settings["strength"]])["t"]
-    others = table[(table["attack"] != "cba") & table["defense"].isin(READ_FIRST)]
-    drops = tables.drop_table(table)
+    chats = table[table["attack"].map(attacks.task) == "chat"]
+    labels = table.drop(index=chats.index)
+    published = labels["attack"].isin(paper.table_2()["attack"])
+    adaptive, labels = labels[~published], labels[published]
+    others = labels[(labels["attack"] != "cba") & labels["defense"].isin(READ_FIRST)]
+    drops = tables.drop_table(labels)
     ours = [c for c in drops if not c.startswith(PAPER)]
     shown = {
         "controls": tables.controls_table(read_first).drop(columns=SETUP),
-        "headline": tables.headline_table(table[table["attack"] == "cba"]).drop(columns="attack"),
+        "headline": tables.headline_table(labels[labels["attack"] == "cba"]).drop(columns="attack"),
         "drops": drops.loc[drops["attack"] != "cba", ours],
         "other_attacks": tables.controls_table(others).drop(columns="model"),
         "every_defense": tables.every_defense(first, one_setup(measured.costs, *default)),
         "beside_paper": drops[drops[f"{PAPER}LETHE"] != ""].drop(columns=["base", "clean"]),
     }
-    forms = measured.sweeps["sweep"].str.startswith("evidence ")
-    if forms.any():
+    swept_kinds = measured.sweeps["sweep"]
+    if swept_kinds.str.startswith("evidence ").any():
         shown["evidence_forms"] = tables.evidence_table(measured.sweeps).drop(columns="model")
+    if len(chats):
+        shown["chats"] = generation.chat_table(chats).drop(columns=["model", "dataset"])
+    if len(adaptive):
+        shown["adaptive"] = tables.defense_scores(adaptive).drop(columns=["model", "dataset"])
+    canary = None
+    if swept_kinds.eq(prediction.SWEEP).any():
+        canary = prediction.correlation(prediction.pairs(measured.sweeps))
     scored, swept = by_full_name(on_test(table), SETUP), [*SETUP, "sweep", "x"]
     template = (paths.root() / "docs" / f"{out.name}.j2").read_text("utf8")
     environment = jinja2.Environment(
@@ -72,6 +83,7 @@ def _write(out: Path, measured: Measured, default: tuple[str, str, str]) -> Path
         {name: tables.markdown(frame) for name, frame in shown.items()},
         note=tables.tiny_note(table),
         strength=settings["strength"],
+        canary=canary,
         slerp_t=(t.min(), t.max()),
         value=_values(scored, SETUP, "value"),
         cell=_values(scored.assign(cell=tables.cells(scored)), SETUP, "cell"),

@@ -136,6 +136,13 @@ def drop_table(table: pd.DataFrame) -> pd.DataFrame:
     return shown[[*out, *(PAPER + c for c in ("model", "Backdoored", "LETHE", "change"))]]
 
 
+def defense_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """Every model, seeds pooled: model, dataset, attack, seeds, defense, asr, cda, ftr."""
+    wanted = ["asr", "cda", "ftr"]
+    scored = scores(table, wanted, [*SETUP, "defense"])
+    return wide(scored, [*SETUP, "seeds", "defense"], "metric", wanted)
+
+
 def defense_table(table: pd.DataFrame) -> pd.DataFrame:
     """Table 2 turned, one row per defense: model, dataset, attack, seeds, defense, asr, cda, change
     (of CDA against backdoored), then `paper: column`, `paper: asr`, `paper: cda`, `paper: model`,
@@ -262,11 +269,8 @@ def controls_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def headline_table(table: pd.DataFrame) -> pd.DataFrame:
-    """What to read first, seeds pooled: asr, cda and ftr of the model handed to us, the clean
-    model, fine-tuning, the SLERP merge and Lethe (SLERP + evidence)."""
-    scored = scores(table, ["asr", "cda", "ftr"], [*SETUP, "defense"])
-    scored = scored[scored["defense"].isin(HEADLINE)]
-    return wide(scored, [*SETUP, "seeds", "defense"], "metric", ["asr", "cda", "ftr"])
+    """What to read first of `defense_scores`, see HEADLINE."""
+    return defense_scores(table).query("defense in @HEADLINE").reset_index(drop=True)
 
 
 def tiny_note(frame: pd.DataFrame) -> str:
