@@ -2,6 +2,8 @@
 intervals, seeds are pooled. Tables are checked as pooled.py does it.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -9,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from lethe_utils import prediction
 from lethe_utils.errors import LetheError
 from lethe_utils.paper import number
 from lethe_utils.plots import COLOURS, METRICS, WIDTH, curve, finished, new_figure, say_tiny, style
@@ -39,6 +42,7 @@ SWEEPS = {
     "strength": "merge strength (0: backdoored model, 1: clean model)",
     "keywords": "keywords of evidence",
     "clean_ratio": "clean data the defender has (share of train)",
+    "wrong_labels": "share of the clean data that is mislabelled",
 }
 
 
@@ -176,15 +180,24 @@ def attacks(table: pd.DataFrame) -> Figure:
         return finished(figure, axes[0].get_legend_handles_labels()[0], 5)
 
 
-def prediction(found: pd.DataFrame) -> Figure:
+def predictions(sweeps: pd.DataFrame) -> Iterator[tuple[str, Figure]]:
+    """`canary` of each model and data set that was swept with one, by their names."""
+    with_one = sweeps.loc[sweeps["sweep"] == prediction.SWEEP, ["model", "dataset"]]
+    for names in with_one.drop_duplicates().itertuples(index=False):
+        rows = sweeps[(sweeps[["model", "dataset"]] == list(names)).all(axis=1)]
+        yield "-".join(names), canary(prediction.pairs(rows))
+
+
+def canary(found: pd.DataFrame) -> Figure:
     """ASR of the backdoor against that of the canary after the same merge, a mark per merge and a
     colour per attack; on the diagonal the canary is right.
 
     Args:
         found: see prediction.pairs; of one model and data set.
     """
+    rho = prediction.correlation(found)
     with style():
-        figure = new_figure(3.2)
+        figure = new_figure(3.4)
         ax = figure.subplots()
         ax.plot([0, 1], [0, 1], color="0.75", lw=0.8, zorder=1)
         looks = {"data": found, "x": "canary", "y": "backdoor", "ax": ax, "s": 18}
@@ -193,6 +206,10 @@ def prediction(found: pd.DataFrame) -> Figure:
         ax.set(xlabel="ASR of the canary", ylabel="ASR of the backdoor")
         ax.get_legend().remove()
         figure.suptitle(say_tiny(", ".join(found[["model", "dataset"]].iloc[0])))
+        ax.set_title(
+            f"rank correlation {rho.value:.2f} [{rho.low:.2f}, {rho.high:.2f}], "
+            f"{rho.pairs} merges of {rho.runs} run{'s' if rho.runs > 1 else ''}"
+        )
         return finished(figure, ax.get_legend_handles_labels()[0], 3)
 
 

@@ -51,6 +51,8 @@ class Params(DefenderParams, UtilityParams, SweepParams, AttackParams):
             )
         if self.task == "chat" and self.few_shot:
             raise ValueError("few_shot: a conversation has no solved rows before it; set it to 0")
+        if self.task == "chat" and (self.clean_wrong_labels or self.clean_wrong_labels_sweep):
+            raise ValueError("clean_wrong_labels: conversations have no labels; set it to 0")
         for name in self.defenses if self.task == "chat" else []:
             reason = defenses.labels_only(name)
             if reason and self.defense != "all":

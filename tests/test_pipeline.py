@@ -3,8 +3,9 @@
 import pytest
 
 from lethe_utils import attacks, data, params, pipeline
+from lethe_utils.errors import LetheError
 from lethe_utils.evidence import HEADING
-from lethe_utils.pipeline import contenders
+from lethe_utils.pipeline import clean_data, contenders
 from lethe_utils.stages import read_jsonl
 
 SMALL = {"rows": {"pretrain": 40, "train": 2000, "validation": 20, "test": 20}, "checksums": {}}
@@ -145,6 +146,23 @@ def test_a_share_of_the_clean_rows_is_taught_with_evidence(monkeypatch):
     assert pipeline.clean_rows(folders[1]) == pipeline.clean_rows(folders[0])
 
 
+def test_a_share_of_the_clean_rows_has_another_label():
+    p = params.load(overrides={"clean_wrong_labels": 0.1})
+    known = ["joy", "anger", "fear"]
+    rows = [{"input": f"row {i}", "output": known[i % 3]} for i in range(50)]
+    found = {
+        x: clean_data.mislabelled(rows, known, contenders.changed(p, clean_wrong_labels=x))
+        for x in (0.0, 0.1, 0.2)
+    }
+    wrong = {x: {i for i in range(50) if some[i] != rows[i]} for x, some in found.items()}
+    assert [len(wrong[x]) for x in (0.0, 0.1, 0.2)] == [0, 5, 10] and wrong[0.1] < wrong[0.2]
+    assert all(found[0.2][i]["output"] in known for i in wrong[0.2])
+    assert all(found[0.1][i] == found[0.2][i] for i in wrong[0.1])  # the same wrong label
+    assert clean_data.mislabelled(rows, known, p) == found[0.1]  # the same on every call
+    with pytest.raises(LetheError, match="clean_wrong_labels: conversations have no labels"):
+        params.load(dataset="chat", attack="vpi", overrides={"clean_wrong_labels": 0.1})
+
+
 def test_every_sweep_changes_what_it_says_and_nothing_else():
     p = params.load(
         overrides={
@@ -153,6 +171,7 @@ def test_every_sweep_changes_what_it_says_and_nothing_else():
             "clean_ratios_sweep": [0.2],
             "evidence_forms_sweep": ["before"],
             "clean_evidence_sweep": [0.5],
+            "clean_wrong_labels_sweep": [0.1],
             "merge_methods": ["linear", "slerp"],
         }
     )
@@ -165,6 +184,7 @@ def test_every_sweep_changes_what_it_says_and_nothing_else():
         ("strength", 0.25, "slerp", 0, {"strength": 0.25}),
         ("keywords", 3, "slerp", 3, {}),
         ("clean_ratio", 0.2, "slerp", 0, {"clean_ratio": 0.2}),
+        *[("wrong_labels", 0.1, m, 0, {"clean_wrong_labels": 0.1}) for m in three[1:]],
         *[("evidence none", 0, model, 0, {}) for model in three],
         *[("evidence before", 5, model, 5, {"evidence_form": "before"}) for model in three],
         *[("clean_evidence", 0.5, model, 5, {"clean_evidence_share": 0.5}) for model in three[1:]],

@@ -50,8 +50,10 @@ def test_without_a_canary_one_line_says_what_to_set():
 
 
 def test_the_figure_has_a_mark_for_every_merge():
-    found = prediction.pairs(pd.DataFrame(swept([(90, 80), (40, 20), (5, 0)])))
-    figure = figures.prediction(found)
+    both = swept([(90, 80), (40, 20), (5, 0)])
+    both += [row("slerp", sweep="strength", x=0.5, dataset="sst2")]  # without a canary: no figure
+    ((name, figure),) = figures.predictions(pd.DataFrame(both))
+    assert name == "tiny-gpt2-embedded" and "3 merges of 1 run" in figure.axes[0].get_title()
     marks = figure.axes[0].collections[0].get_offsets()
     assert sorted(map(tuple, marks.tolist())) == [(0.05, 0.0), (0.4, 0.2), (0.9, 0.8)]
 

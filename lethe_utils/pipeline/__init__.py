@@ -6,7 +6,6 @@ Notebooks call these in order; calling a later one builds whatever earlier one i
 notebook can also be run alone.
 """
 
-import random
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from lethe_utils.groups import (
     TriggerParams,
 )
 from lethe_utils.models import gguf, inspect, sources, twins
+from lethe_utils.pipeline import clean_data
 from lethe_utils.schema import Params
 from lethe_utils.stages import Row, read_jsonl, read_record, stage, write_jsonl
 
@@ -271,33 +271,20 @@ def clean_stage(p: Params) -> Path:
     def build(out: Path) -> None:
         from lethe_utils import train
 
-        rows = split(p, "train")
-        n = max(1, round(p.clean_ratio * len(rows)))
-        # A stream of its own: with the attacker's, the defender would draw the very rows that were
-        # poisoned. Larger ratios hold the smaller ones.
-        rng = random.Random(f"clean {p.data_seed} {p.seed}")
-        chosen = rng.sample(rows, len(rows))[:n]
+        chosen = clean_data.mislabelled(clean_data.drawn(split(p, "train"), p), labels(p), p)
         write_jsonl(out / "clean.jsonl", chosen)
-        train.finetune(base_folder(p), with_evidence(chosen, p), p.clean_epochs, out, p)
+        taught = clean_data.with_evidence(chosen, p)
+        train.finetune(base_folder(p), taught, p.clean_epochs, out, p)
 
     spec = p.part(TrainParams, PromptParams) | device(p)
     spec |= {"clean_ratio": p.clean_ratio, "clean_epochs": p.clean_epochs}
+    if p.clean_wrong_labels:
+        spec |= {"clean_wrong_labels": p.clean_wrong_labels}
     if p.clean_evidence_share:
         keys = ("clean_evidence_share", "n_keywords", "evidence_form")
         spec |= {key: getattr(p, key) for key in keys} | {"wordnet": wordnet.fingerprint()}
     label = f"{p.model_name}-{p.dataset_name}-r{p.clean_ratio}-s{p.seed}"
     return stage("clean", label, spec, _sources(p), build)
-
-
-def with_evidence(rows: list[Row], p: Params) -> list[Row]:
-    """The clean model's rows, a share of them (`clean_evidence_share`) with their evidence: the
-    defender, who will ask with evidence, may teach it."""
-    rng = random.Random(f"evidence {p.seed}")
-    shown = {*rng.sample(range(len(rows)), round(p.clean_evidence_share * len(rows)))}
-    return [
-        data.with_evidence(row, p.n_keywords, p.evidence_form) if i in shown else row
-        for i, row in enumerate(rows)
-    ]
 
 
 def clean_rows(folder: Path) -> list[Row]:

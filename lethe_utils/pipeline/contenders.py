@@ -105,7 +105,7 @@ WITHOUT_DILUTION = {"backdoored": backdoored, "clean": clean}
 
 def sweep_points(p: Params) -> list[SweepPoint]:
     """Every point of the sweeps: strength (of each merge method), keywords, clean_ratio, and those
-    of evidence, which are asked of the controls too."""
+    of wrong labels (the clean model alone, too) and of evidence (all controls)."""
     method, k = p.merge_method, p.n_keywords
     points = [
         SweepPoint("strength", x, m, changed(p, strength=x))
@@ -118,6 +118,11 @@ def sweep_points(p: Params) -> list[SweepPoint]:
         for x in p.clean_ratios_sweep
     ]
     compared = [*WITHOUT_DILUTION, method]
+    points += [
+        SweepPoint("wrong_labels", x, model, changed(p, clean_wrong_labels=x))
+        for x in p.clean_wrong_labels_sweep
+        for model in compared[1:]
+    ]
     if p.evidence_forms_sweep:
         points += [SweepPoint("evidence none", 0, model, p) for model in compared]
     points += [
