@@ -70,6 +70,7 @@ def purify(given: Given, out: Path) -> None:
     tokenizer = models.load_tokenizer(given.backdoored)
     device = models.resolve_device(given.p.device)
     model = models.load_model(given.backdoored, device, exact=True)
+    models.ease_backward(model, given.p)
     curve = Unlearning(model, tokenizer, given.p).run(given.rows)
     inspect.copy_tokenizer(given.backdoored, out / "model")
     train.save(model, curve, out)
@@ -171,14 +172,15 @@ class Unlearning:
         return (under + without).item()
 
     def loss(self, batch: Batch) -> "torch.Tensor":
-        """Mean cross-entropy of the answers; on CUDA in bfloat16, the weights staying float32."""
+        """Mean cross-entropy of the answers; in bfloat16 where a run multiplies so, the weights
+        staying float32."""
         import torch
 
         from lethe_utils import train
 
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        device = self.model.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        on = {"device_type": self.model.device.type, "enabled": models.bfloat16(self.p)}
+        with torch.autocast(dtype=torch.bfloat16, **on):
             return train.answer_loss(self.model, inputs, batch["labels"], use_cache=False)[0]
 
     def encode(self, rows: list[Row]) -> Batch:

@@ -63,6 +63,13 @@ def arithmetic(p: "TrainParams") -> "AbstractContextManager[Any]":
     return torch.autocast("cpu", torch.bfloat16, enabled=on_cpu and bfloat16(p))
 
 
+def ease_backward(model: "PreTrainedModel", p: "TrainParams") -> None:
+    """Let a model that will be trained take the attention that is fast backwards: on a CPU in
+    bfloat16 the plain one is three times as fast as the fused one."""
+    if model.device.type == "cpu" and bfloat16(p):
+        model.set_attn_implementation("eager")
+
+
 def quiet() -> None:
     """Silence the bar for each model loaded or saved, which drowns the ones that matter."""
     from transformers.utils import logging as transformers_logging
