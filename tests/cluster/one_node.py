@@ -1,7 +1,8 @@
 """A Slurm cluster of one node in a temporary folder, as root: munged, slurmctld and slurmd.
 
-For tests: Debian's packages slurmctld, slurmd, slurm-client and munge, nothing of the system's own
-configuration, and all of it gone at the end.
+For tests: Debian's packages slurmctld, slurmd, slurm-client and munge, and all of it gone at the
+end. Job steps know the cluster by the system's own configuration file alone (Snakemake's plugin
+drops SLURM_CONF), so that is a link to the one here, and must not be there before.
 """
 
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+SYSTEM = Path("/etc/slurm/slurm.conf")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel")
 CONF = """
 ClusterName=lethe
@@ -50,6 +52,8 @@ def missing() -> str:
     """Why there can be no cluster here; "" where there can."""
     if os.geteuid() != 0:
         return "a one-node Slurm needs root"
+    if SYSTEM.exists():
+        return f"this machine has a Slurm of its own: {SYSTEM}"
     lacking = [name for name in PROGRAMS if not shutil.which(name)]
     return f"not installed: {', '.join(lacking)}" if lacking else ""
 
@@ -77,6 +81,9 @@ class Node:
         cpus = len(os.sched_getaffinity(0))
         text = CONF.format(host=host, ports=_free_ports(2), folder=folder, cpus=cpus, memory=memory)
         (folder / "slurm.conf").write_text(text)
+        SYSTEM.parent.mkdir(parents=True, exist_ok=True)
+        SYSTEM.unlink(missing_ok=True)  # a dead link, of a test that was killed
+        SYSTEM.symlink_to(folder / "slurm.conf")
         key = folder / "munge.key"
         key.write_bytes(os.urandom(64))
         key.chmod(0o400)
@@ -127,6 +134,7 @@ class Node:
         for process in reversed(self.processes.values()):
             process.terminate()
             process.wait()
+        SYSTEM.unlink()
 
 
 @contextmanager

@@ -18,6 +18,8 @@ from lethe_utils import paths
 sys.path.insert(0, str(paths.root() / "workflow"))
 import dag  # noqa: E402
 
+# No accounting here, so that sacct knows of no job.
+ONE_NODE = {"slurm-status-command": "squeue"}
 QUICK = {"slurm-init-seconds-before-status-checks": 5, "seconds-between-status-checks": 5}
 
 
@@ -63,7 +65,7 @@ def test_a_cancelled_job_and_a_node_that_went_down_change_no_number(tmp_path, mo
     profile = tmp_path / "profile"
     profile.mkdir()
     ours = yaml.safe_load((dag.profile_folder("slurm") / "config.yaml").read_text("utf8"))
-    (profile / "config.yaml").write_text(yaml.safe_dump(ours | QUICK))
+    (profile / "config.yaml").write_text(yaml.safe_dump(ours | ONE_NODE | QUICK))
     happened = []
     with one_node.one_node(tmp_path / "slurm") as node:
         monkeypatch.setenv("SLURM_CONF", node.environment["SLURM_CONF"])
