@@ -48,12 +48,13 @@ def rows(unseen: list[Row], labels: list[str], p: CanaryRecipe) -> dict[str, lis
 
 def took(copy: Path, sets: dict[str, list[Row]], labels: list[str], p: CanaryRecipe) -> bool:
     """Whether each kind of a canary has an ASR of canary.TAKEN on these rows."""
-    model, tokenizer = (
-        models.load_model(copy / "model", p.device),
-        models.load_tokenizer(copy / "model"),
-    )
-    found = success(model, tokenizer, sets, labels, p)
+    found = success(*_loaded(copy / "model", p), sets, labels, p)
     return all(rate >= canary.TAKEN for rate in found.values())
+
+
+def _loaded(folder: Path, p: CanaryRecipe) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    device = models.resolve_device(p.device)
+    return models.load_model(folder, device), models.load_tokenizer(folder)
 
 
 def success(
@@ -143,7 +144,7 @@ def _losses(
     with tempfile.TemporaryDirectory(dir=scratch) as room:
         parents = guide.suspect / "model", guide.clean / "model", guide.base
         folder = merge.merge_along(curves, *parents, Path(room) / "merged", dtype)
-        model, tokenizer = models.load_model(folder, p.device), models.load_tokenizer(folder)
+        model, tokenizer = _loaded(folder, p)
     found = {kind: decode.mean_loss(model, tokenizer, some, p) for kind, some in guide.rows.items()}
     return found | {"loss": sum(found.values()) / len(found)}
 

@@ -18,7 +18,7 @@ ROWS = [
 ]
 SHORT = {
     "prompt_template": "short",
-    "device": "cpu",
+    "device": "auto",
     "bits": 32,
     "batch_size": 4,
     "gradient_accumulation": 1,
