@@ -108,7 +108,11 @@ class Node:
     def start_node(self) -> None:
         """Start slurmd, and wait until the node takes jobs."""
         self.start("slurmd", "-D", "-f", str(self.folder / "slurm.conf"))
-        self.wait("an idle node", lambda: "idle" in self.ask("sinfo", "-h", "-o", "%t"))
+        self.wait("a node that answers", self.answers)
+
+    def answers(self) -> bool:
+        """Whether the node is up: free, or at work on what it had before it went down."""
+        return self.ask("sinfo", "-h", "-o", "%t").strip() in ("idle", "mix", "alloc")
 
     def stop_node(self) -> None:
         """Kill slurmd, as a node that goes down; its jobs' processes live on."""
