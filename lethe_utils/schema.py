@@ -25,6 +25,9 @@ from lethe_utils.groups import (
 )
 
 
+NAME_LENGTH = 50  # of the defenses in a run's name: it is that of a folder and of files
+
+
 class Params(DefenderParams, UtilityParams, SweepParams, AttackParams):
     """All parameters of one run, flat. `part(...)` gives what one stage depends on."""
 
@@ -135,10 +138,12 @@ class Params(DefenderParams, UtilityParams, SweepParams, AttackParams):
 
     @property
     def run_id(self) -> str:
-        """`<model>-<dataset>-<attack>-s<seed>`, plus the defenses where they are not the default's,
-        and a hash where something was overridden."""
-        name = f"{self.setup}-s{self.seed}"
-        name += "" if self.defense == DEFAULT_DEFENSE else f"-{self.defense.replace(',', '+')}"
+        """`<model>-<dataset>-<attack>-s<seed>`, plus the defenses where they are not the default's
+        (of many their number and a hash), and a hash where something was overridden."""
+        name, named = f"{self.setup}-s{self.seed}", self.defense.replace(",", "+")
+        if len(named) > NAME_LENGTH:
+            named = f"{len(self.defenses)}-defenses-{digest(self.defenses)[:6]}"
+        name += "" if self.defense == DEFAULT_DEFENSE else f"-{named}"
         changed = {k: v for k, v in self._overridden.items() if k != "seed"}
         return f"{name}-{digest(changed)[:6]}" if changed else name
 

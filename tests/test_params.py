@@ -288,6 +288,16 @@ def test_a_run_id_changes_with_an_override_and_only_then():
     assert changed[0] != changed[1] and changed[0] == changed[2]
 
 
+def test_a_run_of_many_defenses_has_a_short_name_of_its_own():
+    few, many = "lethe,wanda", ",".join(params.choices("defenses")[:9])
+    assert params.load(defense=few).run_id == "tiny-gpt2-embedded-cba-s0-lethe+wanda"
+    other = many.replace("beear", "wanda")
+    names = [params.load(defense=each).run_id for each in (many, other)]
+    assert names[0] != names[1] and all(
+        re.fullmatch("tiny-gpt2-embedded-cba-s0-9-defenses-[0-9a-f]{6}", name) for name in names
+    )
+
+
 def test_a_users_file_is_named_by_its_stem(data_file):
     p = params.load(dataset=data_file)
     assert p.dataset_name == "file-mine" and p.run_id == "tiny-gpt2-file-mine-cba-s0"
