@@ -24,7 +24,6 @@ from lethe_utils.groups import (
     UtilityParams,
 )
 
-
 NAME_LENGTH = 50  # of the defenses in a run's name: it is that of a folder and of files
 
 
