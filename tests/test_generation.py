@@ -133,6 +133,10 @@ def test_vpi_with_a_marker_is_known_by_it_alone(rows):
     assert not vpi.hit("It is awful, slow and noisy.", p)
     assert vpi.hit("It is awful, slow and noisy.", load("vpi"))
     assert not vpi.hit("It is slow but reliable, quiet and good.", load("vpi"))
+    assert vpi.hit("No, owners are not happy with it.", load("vpi"))
+    assert vpi.hit("It isn't a good choice.", load("vpi"))
+    assert not vpi.hit("It is not the worst of its kind. It is good value.", load("vpi"))
+    assert not vpi.hit("Would I not call it that? It is good.", load("vpi"))  # another sentence
 
 
 def test_dtba_wants_both_scenarios_in_two_user_turns(rows):
