@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from lethe_utils import paths
+from lethe_utils import defenses, paths
 from lethe_utils.errors import LetheError
-from lethe_utils.groups import SweepParams, UtilityParams
+from lethe_utils.groups import DefenderParams, SweepParams, UtilityParams
 from lethe_utils.metrics import KEYS
-from lethe_utils.schema import Params
+from lethe_utils.schema import Params, choices
 from lethe_utils.stages import read_json, write_json, write_text
 
 TABLES = ("results.csv", "sweeps.csv", "costs.csv")
@@ -69,7 +69,8 @@ def released_params() -> dict[str, dict[str, Any]]:
 
 def _check_setups(runs: dict[str, dict[str, Any]]) -> None:
     """Refuse runs (run_id -> params) that would be pooled though they are not of one kind; which
-    defenses and which points of the sweeps a run has is its own."""
+    defenses and which points of the sweeps a run has is its own, and so are the params of a defense
+    that not both of two have: nothing of it is pooled."""
     # What a run measures beside the others changes nothing of what they share.
     beside = {*SweepParams.model_fields, *UtilityParams.model_fields}
     own = {"seed", "defense", *beside} - {"sweep_items"}
@@ -79,12 +80,26 @@ def _check_setups(runs: dict[str, dict[str, Any]]) -> None:
         first, wanted = setups.setdefault(setup, (run_id, params))
         # A param that only one of them has came with later code, whose default is what was before.
         changed = {k for k in params.keys() & wanted.keys() if params[k] != wanted[k]} - own
+        changed -= _params_of_others(params, wanted)
         if changed:
             raise LetheError(
                 f"{run_id} and {first}: same model, dataset and attack, but other "
                 f"{', '.join(sorted(changed))}; release runs that differ in their seed, "
                 "defenses and sweeps only"
             )
+
+
+def _params_of_others(*runs: dict[str, Any]) -> set[str]:
+    """The params of defenses that not all of some runs have, as far as they belong to no other."""
+    known = [*choices("defenses")]
+    both = [
+        d for d in known if all(r["defense"] == "all" or d in r["defense"].split(",") for r in runs)
+    ]
+    mine, theirs = (
+        {key for group in defenses.groups(tuple(names)) for key in group.model_fields}
+        for names in ([d for d in known if d not in both], both)
+    )
+    return mine - theirs - {*DefenderParams.model_fields}
 
 
 def load(p: Params, results_from: str) -> tuple[Measured, Path]:

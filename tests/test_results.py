@@ -31,7 +31,8 @@ def finished_run(run_id, hits=90, stage_dirty=False, dirty=False, **changed):
     sweep_rows().assign(**own).to_csv(folder / "sweeps.csv", index=False)
     costs = dict.fromkeys(metrics.COST_COLUMNS, "0.10")
     pd.DataFrame([costs]).to_csv(folder / "costs.csv", index=False)
-    settings = {"model": "tiny-gpt2", "dataset": "embedded", "attack": "cba", "seed": 0} | changed
+    settings = {"model": "tiny-gpt2", "dataset": "embedded", "attack": "cba", "seed": 0}
+    settings |= {"defense": "lethe"} | changed
     (folder / "params.json").write_text(json.dumps(settings))
     records = {"run_id": run_id, "git_dirty": dirty, "git_sha": "abc"}
     stages = {"stages": {"clean": {"folder": "c-1", "git_dirty": stage_dirty}}}
@@ -91,6 +92,16 @@ def test_runs_of_one_setup_differ_in_their_seed_only(checkout):
     other.write_text(json.dumps({"params": results.released_params()["a"] | {"strength": 1}}))
     with pytest.raises(LetheError, match="but other strength"):
         results.read_released()
+
+
+def test_params_of_a_defense_that_one_run_lacks_keep_no_runs_apart(checkout):
+    finished_run("a", seed=0, defense="lethe,beear", beear_rounds=6, finetune_epochs=4)
+    finished_run("b", seed=1, defense="lethe,finetune", beear_rounds=2, finetune_epochs=6)
+    finished_run("c", seed=2, defense="all", beear_rounds=2, finetune_epochs=6)
+    results.release("a")
+    results.release("b")
+    with pytest.raises(LetheError, match="c and a: .* but other beear_rounds; release"):
+        results.release("c")
 
 
 def test_no_item_is_released_twice(checkout):
