@@ -1078,9 +1078,9 @@ def test_a_merge_that_its_dtype_cannot_hold_is_no_result(given):
         save_file(weights, file, {"format": "pt"})
     case = prepare(given)
     parents = dilute.suspect_model(case), purify.clean_model(case)
-    assert "values that are not numbers" in error(
-        dilute.merged, case, *parents, "slerp", 0.5, given["base"].parent / "m"
-    )
+    at = {"model": "slerp", "strength": 0.5}
+    out = given["base"].parent / "m"
+    assert "values that are not numbers" in error(dilute.merged, case, *parents, at, out)
 
 
 @pytest.mark.parametrize(
