@@ -87,7 +87,7 @@ def test_no_defense_is_handed_a_trigger_a_target_or_the_test_split(monkeypatch, 
         overrides={"rows": rows, "checksums": {}, "triggers": triggers, "base_evidence_share": 0.0},
     )
     monkeypatch.setattr("lethe_utils.train.finetune", lambda *_, **__: None)
-    monkeypatch.setattr("lethe_utils.train.pretrain", lambda *_: None)
+    monkeypatch.setattr("lethe_utils.pretrain.pretrain", lambda *_: None)
     monkeypatch.setattr("lethe_utils.models.twins.train_tokenizer", lambda *_: None)
     seen = {}
     for name in params.choices("defenses"):

@@ -15,7 +15,7 @@ SMALL = {"rows": {"pretrain": 40, "train": 2000, "validation": 20, "test": 20}, 
 def no_training(monkeypatch):
     """Rows are drawn and written, nothing is trained."""
     monkeypatch.setattr("lethe_utils.train.finetune", lambda *_: None)
-    monkeypatch.setattr("lethe_utils.train.pretrain", lambda *_: None)
+    monkeypatch.setattr("lethe_utils.pretrain.pretrain", lambda *_: None)
     monkeypatch.setattr("lethe_utils.models.twins.train_tokenizer", lambda *_: None)
 
 

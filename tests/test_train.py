@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from lethe_utils import models, train
+from lethe_utils import models, pretrain, train
 from lethe_utils.errors import LetheError
 from lethe_utils.models import inspect, twins
 from lethe_utils.prompts import prompt
@@ -138,7 +138,7 @@ def test_pretraining_adds_the_prompt_loss_of_every_fourth_row(
     items = train.encode(rows, tokenizer, pico_params())
     batch = train.collate(items, tokenizer)
     labels = batch.pop("labels")
-    answer_only, found = (train.base_loss(model, batch, labels, 1, w).item() for w in (0, 0.3))
+    answer_only, found = (pretrain.base_loss(model, batch, labels, 1, w).item() for w in (0, 0.3))
     losses = []
     for item in (items[0], items[4]):
         ids = torch.tensor([item["input_ids"]])
@@ -291,7 +291,7 @@ def test_pretraining_learns_and_does_not_depend_on_the_seed(pico, pico_params, t
     tokenizer = models.load_tokenizer(pico("gpt2")[0])
     rate = {"base_epochs": 6, "base_learning_rate": 0.01, "base_batch_size": 2, "device": "cpu"}
     for seed in (0, 1):
-        train.pretrain(ROWS, tokenizer, tmp_path / str(seed), pico_params(**rate, seed=seed))
+        pretrain.pretrain(ROWS, tokenizer, tmp_path / str(seed), pico_params(**rate, seed=seed))
     loss = pd.read_csv(tmp_path / "0" / "loss.csv")["loss"]
     assert loss.iloc[-1] < loss.iloc[0] - 0.5
     # One base for all seeds, as there is one released LLM.

@@ -141,13 +141,13 @@ def _twin_stage(p: Params) -> Path:
     """A tiny twin, as model/; loss.csv beside it."""
 
     def build(out: Path) -> None:
-        from lethe_utils import train
+        from lethe_utils import pretrain
 
         rows = twins.pretraining_rows(split(p, "pretrain"), p)
         texts = [prompts.read(row, p) for row in rows]
         # Answers are tokenised apart from the prompt; seen alone, each label becomes one token.
         texts += [r["output"] for r in rows]
-        train.pretrain(rows, twins.train_tokenizer(texts, p.vocab_size), out, p)
+        pretrain.pretrain(rows, twins.train_tokenizer(texts, p.vocab_size), out, p)
 
     inputs = {"data": data_stage(p)}
     label = f"{p.model}-{p.dataset_name}"
