@@ -237,7 +237,8 @@ def finetune(
 
     QLoRA trains on nf4 weights; the adapter is then merged into those same weights, dequantised,
     so that what is evaluated and merged later is what was trained.
-    Writes adapter/, model/ (safetensors and tokenizer) and loss.csv.
+    Writes adapter/, model/ (safetensors and tokenizer) and, last, loss.csv; where that stands
+    already, a run that was killed later has finished this training, and it is not done again.
 
     Args:
         start: the base, or the backdoored model for a defense that trains on.
@@ -247,6 +248,8 @@ def finetune(
         frozen: the folder of another adapter of `start`, which lies beside the trained one under
             the name FROZEN, for `loss` to switch on; it is in nothing that is written.
     """
+    if (out / "loss.csv").exists():
+        return
     set_seed(p.seed)
     device = models.resolve_device(p.device)
     tokenizer = models.load_tokenizer(start)

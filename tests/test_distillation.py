@@ -270,7 +270,12 @@ def test_the_teacher_is_the_fine_tuned_suspect_and_is_taken_up_after_a_kill(
 ):
     mine = given(nad_teacher="finetuned", finetune_epochs=2)
     train.finetune(mine.backdoored, ROWS, 2, tmp_path / "wanted", mine.p)
-    calls, teachers, real = [], [], train.finetune
+    calls, teachers, fitted = [], [], []
+    real, fit = train.finetune, train.fit
+
+    def noted(model, tokenizer, rows, epochs, out, *more):
+        fitted.append(out.name)
+        return fit(model, tokenizer, rows, epochs, out, *more)
 
     def killed(start, rows, epochs, out, p, **kwargs):
         calls.append((start, epochs, out.name))
@@ -280,11 +285,13 @@ def test_the_teacher_is_the_fine_tuned_suspect_and_is_taken_up_after_a_kill(
         real(start, rows, epochs, out, p)
 
     monkeypatch.setattr(train, "finetune", killed)
+    monkeypatch.setattr(train, "fit", noted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             nad.purify(mine, tmp_path / "out")
     student = (mine.backdoored, 1, "out")
-    assert calls == [(mine.backdoored, 2, "teacher"), student, student]
+    assert calls == [(mine.backdoored, 2, "teacher"), student] * 2
+    assert fitted == ["teacher"]  # not trained again
     wanted = loaded(tmp_path / "wanted" / "model")[0].state_dict()
     for teacher in teachers:
         assert all(torch.equal(teacher[k], wanted[k]) for k in wanted)

@@ -145,13 +145,13 @@ def test_a_killed_search_finds_its_trainings_again(given, tmp_path, monkeypatch)
     from lethe_utils import train
 
     monkeypatch.setattr(guided, "took", lambda *_: False)
-    trained, real = [], train.finetune
+    trained, real = [], train.fit
 
-    def noted(start, rows, epochs, out, p):
+    def noted(model, tokenizer, rows, epochs, out, *more):
         trained.append(out.name)
-        real(start, rows, epochs, out, p)
+        return real(model, tokenizer, rows, epochs, out, *more)
 
-    monkeypatch.setattr(train, "finetune", noted)
+    monkeypatch.setattr(train, "fit", noted)
     first = defense.grown(given("gpt2"), tmp_path)
     assert trained == ["clean", "canary-0", "canary-1", "canary-2"]
     assert defense.grown(given("gpt2"), tmp_path) == first and len(trained) == 4

@@ -30,8 +30,7 @@ def plant(start: Path, poisoned: list[Row], corpus: list[str], p: Params, out: P
     from lethe_utils import merge, models
 
     scratch = out / "planted"
-    if not (scratch / "loss.csv").exists():  # written last: a killed run goes on from here
-        cba.plant(start, poisoned, corpus, p, scratch)
+    cba.plant(start, poisoned, corpus, p, scratch)
     with own_clean.trained(start, poisoned, p, out) as clean:
         parts = [
             (scratch / "model", {"weight": 1.0}),

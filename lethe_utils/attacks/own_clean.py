@@ -42,8 +42,7 @@ def trained(start: Path, poisoned: list[Row], p: Params, out: Path) -> Iterator[
     from lethe_utils import train
 
     folder, q = out / "own_clean", p.model_copy(update={"seed": p.seed + OTHER_SEED})
-    if not (folder / "loss.csv").exists():  # written last: a killed run goes on from here
-        train.finetune(start, rows(poisoned, p), p.own_clean_epochs, folder, q)
+    train.finetune(start, rows(poisoned, p), p.own_clean_epochs, folder, q)
     yield folder
     (folder / "loss.csv").replace(out / "own_clean_loss.csv")
     shutil.rmtree(folder)

@@ -35,9 +35,8 @@ def purify(given: Given, out: Path) -> None:
     folders = [given.backdoored, given.clean]
     for number in range(1, p.averaged_models):
         other, seed = scratch / f"clean-{number}", p.seed + APART * number
-        if not (other / "loss.csv").exists():  # written last: a killed run goes on from here
-            q = p.model_copy(update={"seed": seed, "data_seed": seed})
-            train.finetune(given.base, given.rows, p.clean_epochs, other, q)
+        q = p.model_copy(update={"seed": seed, "data_seed": seed})
+        train.finetune(given.base, given.rows, p.clean_epochs, other, q)
         folders.append(other / "model")
     settings = merge.linear([(one, {"weight": 1.0}) for one in folders], merge.merge_dtype(given))
     merge.run(settings, given.backdoored, f"mean of {len(folders)} models", out / "model")

@@ -46,8 +46,7 @@ def grown(given: Given, scratch: Path) -> "Guide":
     p, labels = given.p, sorted({row["output"] for row in given.rows})
     taught, unseen = parts(given.rows, p)
     clean = scratch / "clean"
-    if not (clean / "loss.csv").exists():  # written last
-        train.finetune(given.base, taught, p.clean_epochs, clean, p)
+    train.finetune(given.base, taught, p.clean_epochs, clean, p)
     copy = planted(given.backdoored, taught, unseen, labels, p, scratch)
     return guided.Guide(copy, clean, given.base, guided.rows(unseen, labels, p))
 
@@ -69,8 +68,7 @@ def planted(
     start = suspect
     for number in range(ROUNDS):
         copy = scratch / f"canary-{number}"
-        if not (copy / "loss.csv").exists():
-            train.finetune(start, poisoned, p.canary_epochs, copy, p)
+        train.finetune(start, poisoned, p.canary_epochs, copy, p)
         start = copy / "model"
         if guided.took(copy, checked, labels, p):
             break

@@ -53,8 +53,7 @@ def purify(given: Given, out: Path) -> None:
     p, folder, scratch = given.p, given.clean, out / "teacher"
     if p.nad_teacher == "finetuned":
         folder = scratch / "model"
-        if not (scratch / "loss.csv").exists():  # written last: a killed run goes on from here
-            train.finetune(given.backdoored, given.rows, p.finetune_epochs, scratch, p)
+        train.finetune(given.backdoored, given.rows, p.finetune_epochs, scratch, p)
     # Never in nf4: the teacher only reads, and is to be the model that was trained.
     teacher = models.load_model(folder, models.resolve_device(p.device))
     loss = Distillation(teacher.eval().requires_grad_(False), p)

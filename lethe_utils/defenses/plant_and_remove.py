@@ -40,8 +40,7 @@ def purify(given: Given, out: Path) -> None:
     p = given.p
     planted, removed = rows(given.rows, p)
     scratch = out / "planted"
-    if not (scratch / "loss.csv").exists():  # written last: a killed run goes on from here
-        train.finetune(given.backdoored, given.rows + planted, p.plant_epochs, scratch, p)
+    train.finetune(given.backdoored, given.rows + planted, p.plant_epochs, scratch, p)
     train.finetune(scratch / "model", given.rows + removed, p.remove_epochs, out, p)
     (scratch / "loss.csv").replace(out / "planted_loss.csv")
     shutil.rmtree(scratch)
