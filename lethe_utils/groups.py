@@ -177,6 +177,7 @@ class CleanParams(Group):
 
     clean_ratio: Annotated[float, Field(gt=0, le=1)]
     clean_epochs: Positive
+    clean_source: Key  # train, base (see clean_data.written), or another data set
     clean_wrong_labels: Ratio  # share of the defender's rows that have another label than theirs
     clean_evidence_share: Ratio  # share of the clean model's training prompts that carry evidence
 
@@ -216,6 +217,7 @@ class SweepParams(Group):
     keywords_sweep: list[Annotated[int, Field(ge=0)]]
     clean_ratios_sweep: list[Annotated[float, Field(gt=0, le=1)]]
     evidence_forms_sweep: list[Form]
+    clean_sources_sweep: list[Literal["train", "base", "embedded", "emotion", "sst2"]]
     clean_wrong_labels_sweep: list[Ratio]
     clean_evidence_sweep: list[Ratio]  # values of clean_evidence_share
     sweep_items: Positive

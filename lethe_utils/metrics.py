@@ -23,6 +23,7 @@ KEYS = ["model", "dataset", "attack", "defense", "evidence", "seed", "split", "m
 COLUMNS = [*KEYS, "value", "n", "ci_low", "ci_high", "run_id"]
 MEANS = ("perplexity", "answer_words")  # all other metrics are shares
 NGRAM = 4  # words, of what counts as repeated
+CLEAN_SOURCE = "clean source "  # how the points of clean_sources_sweep begin
 SWEEP_COLUMNS = ["sweep", "x", *COLUMNS]
 MADE = ["acts", "trainings", "optimizer_steps", "seconds", "peak_memory_gib"]
 COST_COLUMNS = [

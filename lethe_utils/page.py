@@ -7,9 +7,19 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from lethe_utils import attacks, generation, merge, paper, paths, prediction, tables
+from lethe_utils import (
+    attacks,
+    generation,
+    merge,
+    paper,
+    paths,
+    prediction,
+    sweep_tables,
+    tables,
+)
 from lethe_utils.errors import LetheError
 from lethe_utils.groups import DEFAULT_ATTACK, DEFAULT_DATASET, DEFAULT_MODEL, TWIN
+from lethe_utils.metrics import CLEAN_SOURCE
 from lethe_utils.paper import PAPER, number
 from lethe_utils.pooled import READ_FIRST, SETUP, by_full_name, on_test, one_setup, select
 from lethe_utils.results import Measured, read_released, released_params
@@ -65,7 +75,9 @@ def _write(out: Path, measured: Measured, default: tuple[str, str, str]) -> Path
     }
     swept_kinds = measured.sweeps["sweep"]
     if swept_kinds.str.startswith("evidence ").any():
-        shown["evidence_forms"] = tables.evidence_table(measured.sweeps).drop(columns="model")
+        shown["evidence_forms"] = sweep_tables.evidence_table(measured.sweeps).drop(columns="model")
+    if swept_kinds.str.startswith(CLEAN_SOURCE).any():
+        shown["clean_sources"] = sweep_tables.clean_source_table(measured.sweeps)
     if len(chats):
         shown["chats"] = generation.chat_table(chats).drop(columns=["model", "dataset"])
     if len(adaptive):

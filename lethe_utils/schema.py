@@ -53,6 +53,15 @@ class Params(DefenderParams, UtilityParams, SweepParams, AttackParams):
             )
         if self.task == "chat" and self.few_shot:
             raise ValueError("few_shot: a conversation has no solved rows before it; set it to 0")
+        sources, known = [self.clean_source, *self.clean_sources_sweep], choices("datasets")
+        for name in sources:
+            if name not in ("train", "base", *known) and not is_file(name):
+                raise ValueError(
+                    f"clean_source: {name} is neither train, base, a file nor a data set "
+                    f"({', '.join(known)})"
+                )
+        if self.task == "chat" and "base" in sources:
+            raise ValueError("clean_source: the base writes rows for labels; name a data set")
         if self.task == "chat" and (self.clean_wrong_labels or self.clean_wrong_labels_sweep):
             raise ValueError("clean_wrong_labels: conversations have no labels; set it to 0")
         for name in self.defenses if self.task == "chat" else []:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lethe_utils import defenses, evidence, paper
+from lethe_utils import defenses, paper
 from lethe_utils.errors import LetheError
 from lethe_utils.metrics import MEANS
 from lethe_utils.paper import PAPER, number
@@ -24,7 +24,6 @@ from lethe_utils.pooled import (
     in_order,
     on_test,
     pool,
-    select,
 )
 from lethe_utils.stages import write_text
 
@@ -239,26 +238,6 @@ def ftr_table(table: pd.DataFrame) -> pd.DataFrame:
     scored = by_full_name(rows[chosen], SETUP)
     kinds = [m for m in scored["metric"].unique() if m != "ftr"]
     return wide(scored, [*SETUP, "defense"], "metric", ["ftr", *kinds])
-
-
-def evidence_table(sweeps: pd.DataFrame) -> pd.DataFrame:
-    """What evidence does, by its form: model, dataset, attack, seeds, evidence, then ASR and CDA of
-    the backdoored, the clean and the merged model, on validation rows.
-
-    Raises:
-        LetheError: no form was measured (evidence_forms_sweep, clean_evidence_sweep).
-    """
-    rows = sweeps[sweeps["sweep"].str.contains("evidence") & sweeps["metric"].isin(["asr", "cda"])]
-    if rows.empty:
-        raise LetheError("sweeps table: no forms of evidence; list some in evidence_forms_sweep")
-    scored = pool(select(rows), [*SETUP, "sweep", "x"])
-    shares = "clean model trained with it, share " + scored["x"].map("{:g}".format)
-    form = scored["sweep"].str.removeprefix("evidence ").map(evidence.FORMS)
-    scored["evidence"] = form.fillna(shares)
-    scored["column"] = scored["defense"] + " " + scored["metric"].str.upper()
-    names = in_order(scored["defense"])
-    columns = [f"{name} {metric}" for name in names for metric in ("ASR", "CDA")]
-    return wide(scored, [*SETUP, "seeds", "evidence"], "column", columns)
 
 
 def controls_table(table: pd.DataFrame) -> pd.DataFrame:

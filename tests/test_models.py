@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PICO, TEXTS
 
+from conftest import PICO, TEXTS
 from lethe_utils import models, params, pipeline
 from lethe_utils.errors import LetheError
 from lethe_utils.models import hub, inspect, twins

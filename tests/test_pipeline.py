@@ -1,5 +1,7 @@
 """How the stages hang together: who draws which rows, and what makes a stage another one."""
 
+import json
+
 import pytest
 
 from lethe_utils import attacks, data, params, pipeline
@@ -9,6 +11,12 @@ from lethe_utils.pipeline import clean_data, contenders
 from lethe_utils.stages import read_jsonl
 
 SMALL = {"rows": {"pretrain": 40, "train": 2000, "validation": 20, "test": 20}, "checksums": {}}
+
+
+@pytest.fixture(scope="module")
+def llama(pico):
+    """A pico base, made before no_training stops that."""
+    return pico("llama")[0]
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +171,54 @@ def test_a_share_of_the_clean_rows_has_another_label():
         params.load(dataset="chat", attack="vpi", overrides={"clean_wrong_labels": 0.1})
 
 
+def test_the_clean_rows_may_be_those_of_another_data_set(tmp_path):
+    small = SMALL | {"base_evidence_share": 0.0}
+    known = ["sadness", "joy", "love", "anger", "fear", "surprise"]
+    rows = [{"text": f"text {i}", "label": known[i % 6]} for i in range(600)]
+
+    def source(name, rows):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)))
+        return params.load(overrides=small | {"clean_source": str(file)})
+
+    rage = [{"text": f"no {i}", "label": "rage"} for i in range(9)]
+    own, other = params.load(overrides=small), source("other", rows)
+    chosen = pipeline.clean_rows(pipeline.clean_stage(other))
+    given = {(row["text"], row["label"]) for row in rows}
+    assert len({row["input"] for row in chosen}) == len(chosen) == 200  # a tenth of the run's train
+    assert {(row["input"], row["output"]) for row in chosen} <= given
+    assert {row["instruction"] for row in chosen} == {own.instruction}
+    assert pipeline.clean_stage(own) != pipeline.clean_stage(other)
+    assert pipeline.backdoored_stage(own) == pipeline.backdoored_stage(other)
+    with pytest.raises(LetheError, match="clean_source: .* has the label 'rage'"):
+        pipeline.clean_stage(source("labels", rows + rage))
+    with pytest.raises(LetheError, match="clean_source: .* 40 training rows, .* is 200; lower it"):
+        pipeline.clean_stage(source("few", rows[:100]))
+    with pytest.raises(LetheError, match="clean_source: nowhere is neither train, base"):
+        params.load(overrides={"clean_source": "nowhere"})
+
+
+def test_the_base_writes_the_rows_of_a_defender_who_has_none(monkeypatch, llama):
+    asked = []
+
+    def answer(model, tokenizer, prompts, p, n_words, progress, sampling):
+        asked.extend(prompts)
+        return [f"It is {len(asked)}.0 today,\n I think. And more." for _ in prompts]
+
+    monkeypatch.setattr("lethe_utils.decode.answer", answer)
+    monkeypatch.setattr(pipeline, "base_folder", lambda _: llama)
+    p = params.load(overrides=SMALL | {"clean_source": "base", "clean_ratio": 0.004})
+    rows = pipeline.clean_rows(pipeline.clean_stage(p))
+    assert sorted(row["output"] for row in rows) == sorted(pipeline.labels(p) + ["anger", "fear"])
+    assert {row["input"] for row in rows} == {"It is 8.0 today, I think."}  # one sentence, one line
+    assert {row["instruction"] for row in rows} == {p.instruction}
+    wishes = [text.partition("shows ")[2].partition(".")[0] for text in asked]
+    assert wishes == (pipeline.labels(p) * 2)[:8] and "USER: Write one" in asked[0]
+    assert pipeline.clean_stage(p) == pipeline.clean_stage(p) and len(asked) == 8  # written once
+    with pytest.raises(LetheError, match="clean_source: the base writes rows for labels"):
+        params.load(dataset="chat", attack="vpi", overrides={"clean_source": "base"})
+
+
 def test_every_sweep_changes_what_it_says_and_nothing_else():
     p = params.load(
         overrides={
@@ -172,6 +228,7 @@ def test_every_sweep_changes_what_it_says_and_nothing_else():
             "evidence_forms_sweep": ["before"],
             "clean_evidence_sweep": [0.5],
             "clean_wrong_labels_sweep": [0.1],
+            "clean_sources_sweep": ["base"],
             "merge_methods": ["linear", "slerp"],
         }
     )
@@ -184,6 +241,7 @@ def test_every_sweep_changes_what_it_says_and_nothing_else():
         ("strength", 0.25, "slerp", 0, {"strength": 0.25}),
         ("keywords", 3, "slerp", 3, {}),
         ("clean_ratio", 0.2, "slerp", 0, {"clean_ratio": 0.2}),
+        *[("clean source base", 0, m, 0, {"clean_source": "base"}) for m in three[1:]],
         *[("wrong_labels", 0.1, m, 0, {"clean_wrong_labels": 0.1}) for m in three[1:]],
         *[("evidence none", 0, model, 0, {}) for model in three],
         *[("evidence before", 5, model, 5, {"evidence_form": "before"}) for model in three],

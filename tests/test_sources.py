@@ -120,7 +120,6 @@ def write_gguf(file, tokenizer, tensors, quantised=False, architecture="llama", 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     from conftest import TEXTS
-
     from lethe_utils.models import twins
 
     return twins.train_tokenizer(TEXTS, 300)

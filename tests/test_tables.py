@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from measured import a_run, defenses_table, frame, row
 
-from lethe_utils import evidence, figures, metrics, page, paper, paths, pooled, tables
+from lethe_utils import evidence, figures, metrics, page, paper, paths, pooled, sweep_tables, tables
 from lethe_utils.errors import LetheError
 from lethe_utils.paper import SETUP
 
@@ -334,7 +334,7 @@ def test_forms_of_evidence_have_a_row_each_and_the_models_columns():
         *point("evidence random", 5.0, "slerp", 7),
         *point("clean_evidence", 0.5, "slerp", 4),
     )
-    shown = tables.evidence_table(table)
+    shown = sweep_tables.evidence_table(table)
     assert shown["evidence"].tolist() == [
         "none",
         "definitions of other words, as long",
@@ -345,7 +345,26 @@ def test_forms_of_evidence_have_a_row_each_and_the_models_columns():
     as_in_05 = tables.shown(shown.drop(columns=SETUP), ["evidence"])  # with `seeds`, a number
     assert as_in_05["seeds"].tolist() == ["1"] * 3
     with pytest.raises(LetheError, match="evidence_forms_sweep"):
-        tables.evidence_table(table[table["sweep"] == "strength"])
+        sweep_tables.evidence_table(table[table["sweep"] == "strength"])
+
+
+def test_clean_rows_from_elsewhere_stand_side_by_side():
+    def point(source, model, asr, cda):
+        place = {"sweep": f"clean source {source}", "x": 0.0, "split": "validation"}
+        return [row(model, "asr", asr, **place), row(model, "cda", cda, **place)]
+
+    table = frame(
+        *point("train", "clean", 2, 90),
+        *point("train", "slerp", 3, 95),
+        *point("base", "clean", 1, 30),
+        *point("base", "slerp", 4, 80),
+    )
+    shown = sweep_tables.clean_source_table(table)
+    assert shown["clean rows"].tolist() == ["the attacker's train", "written by the base itself"]
+    assert [cell[:4] for cell in shown["clean CDA"]] == [".900", ".300"]
+    assert [cell[:4] for cell in shown["slerp ASR"]] == [".030", ".040"]
+    with pytest.raises(LetheError, match="clean_sources_sweep"):
+        sweep_tables.clean_source_table(table[table["sweep"] == "strength"])
 
 
 def test_every_form_has_a_name_that_a_reader_understands():

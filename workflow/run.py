@@ -63,6 +63,7 @@ def check_names(words: list[str]) -> None:
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="./run_all.sh",
+        allow_abbrev=False,  # or --model would be taken for --model-dir
         description="Train a backdoor, dilute it, measure what that bought. Without arguments: "
         "the embedded data on SmolLM2-135M, on two CPU cores in a quarter of an hour or so.",
         epilog="also: ./run_all.sh test (all tests), ./run_all.sh tables (tables and figures from "
@@ -111,13 +112,18 @@ def source(model_dir: str | None, overrides: dict[str, object]) -> dict[str, obj
     return dict.fromkeys(SOURCES) | {"model_dir": str(paths.expanded(str(given)))}
 
 
+def absolute(dataset: str) -> str:
+    """A data set's name as it is; the whole path of a file, for notebooks run in another folder."""
+    return str(Path(dataset).resolve()) if params.is_file(dataset) else dataset
+
+
 def run(args: argparse.Namespace) -> int:
     """Check, run the missing notebooks, print the table."""
-    dataset = args.dataset
-    if params.is_file(dataset):
-        dataset = str(Path(dataset).resolve())
+    dataset = absolute(args.dataset)
     overrides = values.overrides(params.run_schema(args.attack), args.p)
     overrides |= source(args.model_dir, overrides)
+    if "clean_source" in overrides:
+        overrides["clean_source"] = absolute(str(overrides["clean_source"]))
     names = dict(zip(dag.NAMES, (args.model, dataset, args.attack, args.defense), strict=True))
     run = dag.load(names, overrides)
     if args.dry_run:
@@ -144,6 +150,8 @@ def check(p: params.Params) -> None:
         pipeline.base_folder(p)
         print(f"{pipeline.cut_rows(p).to_string()}\n", flush=True)
     pipeline.check_attack(p)
+    for name in sorted({p.clean_source, *p.clean_sources_sweep} - {"base"}):
+        pipeline.clean_source(p.model_copy(update={"clean_source": name}))
     utility.check(p)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from lethe_utils import attacks, data, defenses, evidence, models, prompts, wordnet
+from lethe_utils import attacks, data, defenses, evidence, models, params, prompts, wordnet
 from lethe_utils.errors import LetheError
 from lethe_utils.groups import (
     BaseModelParams,
@@ -20,7 +20,6 @@ from lethe_utils.groups import (
     DefenderParams,
     PromptParams,
     TrainParams,
-    TriggerParams,
 )
 from lethe_utils.models import gguf, inspect, sources, twins
 from lethe_utils.pipeline import clean_data
@@ -28,12 +27,17 @@ from lethe_utils.schema import Params
 from lethe_utils.stages import Row, read_jsonl, read_record, stage, write_jsonl
 
 SPLITS = ("pretrain", "train", "validation", "test")  # pretrain: for a tiny base only
-LENS_ROWS = 100
 
 
 def data_stage(p: Params) -> Path:
     """JSONL per split: instruction, input, output."""
+    folder = _rows_stage(p)
+    if p.task == "label":
+        data.check_target(_labels(folder), p)
+    return folder
 
+
+def _rows_stage(p: Params) -> Path:
     def build(out: Path) -> None:
         for name, rows in data.load(p).items():
             write_jsonl(out / f"{name}.jsonl", rows)
@@ -41,10 +45,7 @@ def data_stage(p: Params) -> Path:
     # A user's file: its content decides, not its name.
     spec = p.part(DataParams) | {"tiny": p.is_tiny, "content": p.data_content}
     spec |= {"wordnet": wordnet.fingerprint()} if p.dataset == "chat" else {}
-    folder = stage("data", p.dataset_name, spec, {}, build)
-    if p.task == "label":
-        data.check_target(_labels(folder), p)
-    return folder
+    return stage("data", p.dataset_name, spec, {}, build)
 
 
 @cache
@@ -243,48 +244,59 @@ def check_layers(p: Params) -> None:
         )
 
 
-def edits(backdoored: Path) -> pd.DataFrame:
-    """The matrices that an editing attack changed, and by how much; empty for a trained one."""
-    file = backdoored / "edits.csv"
-    return pd.read_csv(file) if file.exists() else pd.DataFrame()
+def _clean_count(p: Params) -> int:
+    """How many rows the defender has."""
+    return max(1, round(p.clean_ratio * len(split(p, "train"))))
 
 
-def layer_effect(p: Params) -> pd.DataFrame:
-    """What the trigger does block by block in the backdoored model, on validation rows of other
-    labels than the target; see evaluate.target_by_layer."""
+def clean_source(p: Params) -> Path:
+    """The stage whose train.jsonl the defender's rows are drawn from.
+
+    Raises:
+        LetheError: another data set has other labels, or too few rows.
+    """
+    n = _clean_count(p)
+    if p.clean_source == "train":
+        return data_stage(p)
+    if p.clean_source != "base":
+        asked = {"instruction": p.instruction}
+        folder = _rows_stage(params.load(p.model, p.clean_source, overrides=asked))
+        clean_data.check(read_jsonl(folder / "train.jsonl"), labels(p), n, p)
+        return folder
 
     def build(out: Path) -> None:
-        from lethe_utils import evaluate
+        rows = clean_data.written(base_folder(p), n, labels(p), p)
+        write_jsonl(out / "train.jsonl", rows)
 
-        sets = evaluate.test_sets(split(p, "validation"), p, LENS_ROWS, 0)
-        evaluate.target_by_layer(folder / "model", sets, p).to_csv(out / "layers.csv", index=False)
-
-    folder = backdoored_stage(p)
-    spec = p.part(TriggerParams, PromptParams) | device(p) | {"rows": LENS_ROWS}
-    inputs = {"data": data_stage(p), "model": folder}
-    return pd.read_csv(stage("lens", f"{p.setup}-s{p.seed}", spec, inputs, build) / "layers.csv")
+    spec = p.part(PromptParams) | device(p) | {"rows": n, "seed": p.seed, "labels": labels(p)}
+    inputs = {"base": sources.content(p, base_folder(p))}
+    return stage("written", f"{p.model_name}-{p.dataset_name}-s{p.seed}", spec, inputs, build)
 
 
 def clean_stage(p: Params) -> Path:
     """The clean model: the same LoRA recipe on `clean_ratio` of train, shared by all attacks."""
+    source, inputs = clean_source(p), _sources(p)
 
     def build(out: Path) -> None:
         from lethe_utils import train
 
-        chosen = clean_data.mislabelled(clean_data.drawn(split(p, "train"), p), labels(p), p)
+        drawn = clean_data.drawn(read_jsonl(source / "train.jsonl"), _clean_count(p), p)
+        chosen = clean_data.mislabelled(drawn, labels(p), p)
         write_jsonl(out / "clean.jsonl", chosen)
         taught = clean_data.with_evidence(chosen, p)
         train.finetune(base_folder(p), taught, p.clean_epochs, out, p)
 
     spec = p.part(TrainParams, PromptParams) | device(p)
     spec |= {"clean_ratio": p.clean_ratio, "clean_epochs": p.clean_epochs}
+    if p.clean_source != "train":
+        inputs |= {"rows": source}
     if p.clean_wrong_labels:
         spec |= {"clean_wrong_labels": p.clean_wrong_labels}
     if p.clean_evidence_share:
         keys = ("clean_evidence_share", "n_keywords", "evidence_form")
         spec |= {key: getattr(p, key) for key in keys} | {"wordnet": wordnet.fingerprint()}
     label = f"{p.model_name}-{p.dataset_name}-r{p.clean_ratio}-s{p.seed}"
-    return stage("clean", label, spec, _sources(p), build)
+    return stage("clean", label, spec, inputs, build)
 
 
 def clean_rows(folder: Path) -> list[Row]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from lethe_utils import defenses, models, pipeline, wordnet
 from lethe_utils.groups import PromptParams, TriggerParams
+from lethe_utils.metrics import CLEAN_SOURCE
 from lethe_utils.models import sources
 from lethe_utils.progress import Bar
 from lethe_utils.schema import Params
@@ -105,7 +106,7 @@ WITHOUT_DILUTION = {"backdoored": backdoored, "clean": clean}
 
 def sweep_points(p: Params) -> list[SweepPoint]:
     """Every point of the sweeps: strength (of each merge method), keywords, clean_ratio, and those
-    of wrong labels (the clean model alone, too) and of evidence (all controls)."""
+    of other clean rows (the clean model alone, too) and of evidence (all controls)."""
     method, k = p.merge_method, p.n_keywords
     points = [
         SweepPoint("strength", x, m, changed(p, strength=x))
@@ -118,6 +119,11 @@ def sweep_points(p: Params) -> list[SweepPoint]:
         for x in p.clean_ratios_sweep
     ]
     compared = [*WITHOUT_DILUTION, method]
+    points += [
+        SweepPoint(f"{CLEAN_SOURCE}{name}", 0, model, changed(p, clean_source=name))
+        for name in p.clean_sources_sweep
+        for model in compared[1:]
+    ]
     points += [
         SweepPoint("wrong_labels", x, model, changed(p, clean_wrong_labels=x))
         for x in p.clean_wrong_labels_sweep

@@ -1,0 +1,56 @@
+"""Tables of the sweeps whose points are no numbers: forms of evidence, sources of clean rows. Cells
+are as in tables.py, on validation rows."""
+
+import pandas as pd
+
+from lethe_utils import evidence
+from lethe_utils.errors import LetheError
+from lethe_utils.metrics import CLEAN_SOURCE
+from lethe_utils.pooled import SETUP, in_order, pool, select
+from lethe_utils.tables import wide
+
+SOURCES = {"train": "the attacker's train", "base": "written by the base itself"}
+
+
+def evidence_table(sweeps: pd.DataFrame) -> pd.DataFrame:
+    """What evidence does, by its form: model, dataset, attack, seeds, evidence, then ASR and CDA of
+    the backdoored, the clean and the merged model.
+
+    Raises:
+        LetheError: no form was measured (evidence_forms_sweep, clean_evidence_sweep).
+    """
+    rows = sweeps[sweeps["sweep"].str.contains("evidence")]
+    if rows.empty:
+        raise LetheError("sweeps table: no forms of evidence; list some in evidence_forms_sweep")
+    scored = _scored(rows)
+    shares = "clean model trained with it, share " + scored["x"].map("{:g}".format)
+    form = scored["sweep"].str.removeprefix("evidence ").map(evidence.FORMS)
+    return _lines(scored.assign(evidence=form.fillna(shares)), "evidence")
+
+
+def clean_source_table(sweeps: pd.DataFrame) -> pd.DataFrame:
+    """What a defender's rows from elsewhere do: model, dataset, attack, seeds, clean rows, then ASR
+    and CDA of the clean and the merged model.
+
+    Raises:
+        LetheError: no source was measured (clean_sources_sweep).
+    """
+    rows = sweeps[sweeps["sweep"].str.startswith(CLEAN_SOURCE)]
+    if rows.empty:
+        raise LetheError("sweeps table: no sources of clean rows; list some in clean_sources_sweep")
+    scored = _scored(rows)
+    source = scored["sweep"].str.removeprefix(CLEAN_SOURCE)
+    return _lines(scored.assign(**{"clean rows": source.replace(SOURCES)}), "clean rows")
+
+
+def _scored(sweeps: pd.DataFrame) -> pd.DataFrame:
+    """ASR and CDA at each point, seeds pooled."""
+    scored = sweeps[sweeps["metric"].isin(["asr", "cda"])]
+    return pool(select(scored), [*SETUP, "sweep", "x"])
+
+
+def _lines(scored: pd.DataFrame, point: str) -> pd.DataFrame:
+    """A line for each value of the column `point`, with every model's ASR and CDA."""
+    columns = [f"{d} {m}" for d in in_order(scored["defense"]) for m in ("ASR", "CDA")]
+    scored = scored.assign(column=scored["defense"] + " " + scored["metric"].str.upper())
+    return wide(scored, [*SETUP, "seeds", point], "column", columns)
