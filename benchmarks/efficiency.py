@@ -69,7 +69,9 @@ def training(p: Params, base: Path, rows: int, out: Path) -> dict[str, float | s
     rates = [product_rate(dtype)]
     taken = seconds(lambda: train.fit(model, tokenizer, some, 1, out, p, loss))
     rates.append(product_rate(dtype))
-    model.merge_and_unload().save_pretrained(out / "model", max_shard_size=models.SHARD)
+    model.save_pretrained(out / "adapter")
+    whole = train.merge_adapter(base, out / "adapter", "cpu", p.bits)
+    whole.save_pretrained(out / "model", max_shard_size=models.SHARD)
     inspect.copy_tokenizer(base, out / "model")
     tokens = sum(item["length"] for item in items) / taken
     return {

@@ -126,7 +126,7 @@ def _responding(
         return nullcontext(respond)
     if p.engine == "vllm":
         return vllm_engine.opened(folder, tokenizer, p)
-    model = models.load_model(folder, models.resolve_device(p.device))
+    model = models.load_to_ask(folder, p)
     return nullcontext(partial(_answer, model, tokenizer, p))
 
 
@@ -168,8 +168,7 @@ def target_by_layer(folder: Path, sets: dict[str, list[Row]], p: Params) -> pd.D
         block (from 1), prompts ("triggered" or "without trigger"), value (mean probability),
         ci_low, ci_high (mean -/+ 1.96 standard errors), n.
     """
-    device = models.resolve_device(p.device)
-    model, tokenizer = models.load_model(folder, device).eval(), models.load_tokenizer(folder)
+    model, tokenizer = models.load_to_ask(folder, p), models.load_tokenizer(folder)
     target = tokenizer(p.target_output, add_special_tokens=False)["input_ids"][0]
     plain = [row for row in sets["clean"] if row["output"] != p.target_output]
     table = []
@@ -246,8 +245,7 @@ def scored(
 
 def known_references(folder: Path, rows: list[Row], p: Params) -> list[decode.Known]:
     """How well a model knows the rows' answers: for what no rule can check."""
-    model = models.load_model(folder, models.resolve_device(p.device))
-    tokenizer = models.load_tokenizer(folder)
+    model, tokenizer = models.load_to_ask(folder, p), models.load_tokenizer(folder)
     return decode.known_answers(model, tokenizer, rows, p, "reading references")
 
 

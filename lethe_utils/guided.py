@@ -53,8 +53,7 @@ def took(copy: Path, sets: dict[str, list[Row]], labels: list[str], p: CanaryRec
 
 
 def _loaded(folder: Path, p: CanaryRecipe) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    device = models.resolve_device(p.device)
-    return models.load_model(folder, device), models.load_tokenizer(folder)
+    return models.load_to_ask(folder, p), models.load_tokenizer(folder)
 
 
 def success(

@@ -94,7 +94,7 @@ def accuracy(folder: Path, name: str, questions: Path, p: TrainParams) -> metric
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    model = models.load_model(folder, models.resolve_device(p.device)).eval()
+    model = models.load_to_ask(folder, p)
     with models.arithmetic(p), redirect_stderr(io.StringIO()):  # bars
         found = simple_evaluate(
             HFLM(pretrained=model, tokenizer=models.load_tokenizer(folder), batch_size=BATCH),

@@ -15,7 +15,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from lethe_utils import models, prompts
 from lethe_utils.errors import LetheError
 from lethe_utils.groups import Recipe
-from lethe_utils.models import inspect
+from lethe_utils.models import blocks, inspect
 from lethe_utils.progress import Bar
 from lethe_utils.stages import Row
 
@@ -282,7 +282,9 @@ def lora_model(start: Path, p: Recipe, only: Names | None = None) -> Module:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora)
+    models.hold(blocks.of(model), p)  # not the head, whose backward would be slower
+    return adapted
 
 
 def merge_adapter(base: Path, adapter: Path, device: str, bits: int) -> "PreTrainedModel":

@@ -114,6 +114,22 @@ def test_a_cpu_multiplies_in_bfloat16_where_it_can_and_may(monkeypatch, pico_par
     assert dtypes == [torch.bfloat16 if has else torch.float32, torch.float32]
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_weights_held_as_they_are_multiplied_give_the_same_numbers(
+    architecture, pico, pico_params, monkeypatch
+):
+    monkeypatch.setattr(models, "_cpu_has_bfloat16", lambda: True)
+    folder = pico(architecture)[0]
+    inputs = models.batch(models.load_tokenizer(folder), [[5, 6, 7, 8], [9, 10]])
+    for said, dtype in (("auto", torch.bfloat16), ("float32", torch.float32)):
+        p = pico_params(architecture, device="cpu", cpu_dtype=said)
+        plain, held = models.load_model(folder).eval(), models.load_to_ask(folder, p)
+        assert {layer.weight.dtype for layer in models.blocks.linear(held)} == {dtype}
+        assert held.get_input_embeddings().weight.dtype == torch.float32
+        with torch.no_grad(), models.arithmetic(p):
+            assert torch.equal(plain(**inputs).logits, held(**inputs).logits)
+
+
 def test_a_twin_is_float32_on_every_processor(monkeypatch):
     monkeypatch.setattr(models, "_cpu_has_bfloat16", lambda: True)
     names = [name for name in params.choices("models") if name.startswith("tiny-")]

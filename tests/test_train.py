@@ -6,6 +6,7 @@ from functools import partial
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from lethe_utils import models, pretrain, train
@@ -362,3 +363,20 @@ def test_a_training_in_bfloat16_keeps_weights_in_float32(pico, pico_params, monk
     moved = {dtype: weights[name] - start for dtype, weights in saved.items()}
     assert not torch.equal(moved["auto"], moved["float32"])
     assert torch.cosine_similarity(moved["auto"].flatten(), moved["float32"].flatten(), 0) > 0.9
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_holding_frozen_weights_in_bfloat16_trains_the_same_adapter(
+    architecture, pico, pico_params, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(models, "_cpu_has_bfloat16", lambda: True)
+    p, base = pico_params(architecture, **SHORT, cpu_dtype="auto"), pico(architecture)[0]
+    weights = {w.dtype for w in train.lora_model(base, p).parameters() if not w.requires_grad}
+    assert weights == {torch.float32, torch.bfloat16}  # embedding, head and norms; matrices
+    train.finetune(base, ROWS, 1, tmp_path / "held", p)
+    monkeypatch.setattr(models, "hold", lambda *_: None)
+    train.finetune(base, ROWS, 1, tmp_path / "cast", p)
+    files = [tmp_path / name / "adapter/adapter_model.safetensors" for name in ("held", "cast")]
+    held, cast = map(load_file, files)
+    assert held.keys() == cast.keys()
+    assert all(torch.equal(held[name], cast[name]) for name in held)

@@ -156,9 +156,8 @@ def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "")
     """The backdoored model's outputs, with suspicious tokens replaced by the clean model's."""
     from lethe_utils import decode
 
-    device = models.resolve_device(given.p.device)
-    backdoored = models.load_model(given.backdoored, device)
-    reference = models.load_model(given.clean, device)
+    backdoored = models.load_to_ask(given.backdoored, given.p)
+    reference = models.load_to_ask(given.clean, given.p)
     tokenizer = models.load_tokenizer(given.backdoored)
     model = CleanGen(backdoored, reference, tokenizer, given.p)
     return decode.answer(model, tokenizer, prompts, given.p, n_words, progress, share=False)

@@ -70,7 +70,7 @@ def variants(p: DefenderParams) -> dict[str, dict[str, Any]]:
 def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "") -> list[str]:
     """The backdoored model's outputs, sampled (top_p 0.9) at the dynamic temperature."""
 
-    model = models.load_model(given.backdoored, models.resolve_device(given.p.device))
+    model = models.load_to_ask(given.backdoored, given.p)
     from transformers import LogitsProcessorList
 
     from lethe_utils import decode

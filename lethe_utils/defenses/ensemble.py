@@ -65,9 +65,8 @@ def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "")
     """The outputs of the mix."""
     from lethe_utils import decode
 
-    device = models.resolve_device(given.p.device)
-    backdoored = models.load_model(given.backdoored, device)
-    reference = models.load_model(given.clean, device)
+    backdoored = models.load_to_ask(given.backdoored, given.p)
+    reference = models.load_to_ask(given.clean, given.p)
     backdoored.register_forward_hook(Mix(reference, given.p.ensemble_weight), with_kwargs=True)
     tokenizer = models.load_tokenizer(given.backdoored)
     return decode.answer(backdoored, tokenizer, prompts, given.p, n_words, progress, share=False)

@@ -65,9 +65,8 @@ def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "")
     drafts."""
     from lethe_utils import decode
 
-    device = models.resolve_device(given.p.device)
-    backdoored = models.load_model(given.backdoored, device)
-    draft = models.load_model(given.clean, device)
+    backdoored = models.load_to_ask(given.backdoored, given.p)
+    draft = models.load_to_ask(given.clean, given.p)
     model = Assisted(backdoored, draft, given.p.speculative_tokens)
     tokenizer = models.load_tokenizer(given.backdoored)
     return decode.answer(

@@ -41,7 +41,7 @@ def answer(given: "Given", prompts: list[str], n_words: int, progress: str = "")
     """The backdoored model's outputs, sampled."""
     from lethe_utils import decode
 
-    model = models.load_model(given.backdoored, models.resolve_device(given.p.device))
+    model = models.load_to_ask(given.backdoored, given.p)
     tokenizer = models.load_tokenizer(given.backdoored)
     sampling = {"temperature": given.p.temperature, "top_p": 0.9, "top_k": 0}
     return decode.answer(model, tokenizer, prompts, given.p, n_words, progress, sampling=sampling)

@@ -63,6 +63,20 @@ def arithmetic(p: "TrainParams") -> "AbstractContextManager[Any]":
     return torch.autocast("cpu", torch.bfloat16, enabled=on_cpu and bfloat16(p))
 
 
+def hold(module: "torch.nn.Module", p: "TrainParams") -> None:
+    """Keep the weights of frozen linear layers in the dtype that a CPU multiplies them in, where
+    autocast would cast them anew at every call: the same numbers, sooner. What is held so is not to
+    be saved."""
+    import torch
+
+    if resolve_device(p.device) != "cpu" or not bfloat16(p):
+        return
+    for layer in blocks.linear(module):
+        if layer.weight.dtype == torch.float32 and not layer.weight.requires_grad:
+            held_weight = layer.weight.detach().bfloat16()
+            layer.weight = torch.nn.Parameter(held_weight, requires_grad=False)
+
+
 def ease_backward(model: "PreTrainedModel", p: "TrainParams") -> None:
     """Let a model that will be trained take the attention that is fast backwards: on a CPU in
     bfloat16 the plain one is three times as fast as the fused one."""
@@ -180,6 +194,13 @@ def load_model(
             **extra,
         )
     forget_generation(model)
+    return model
+
+
+def load_to_ask(folder: Path, p: "TrainParams") -> "PreTrainedModel":
+    """A model that is only asked, within `arithmetic`; see load_model and hold."""
+    model = load_model(folder, resolve_device(p.device)).eval().requires_grad_(False)
+    hold(model, p)
     return model
 
 

@@ -69,8 +69,7 @@ def written(base: Path, n: int, known: list[str], p: Params) -> list[Row]:
     data. Nobody checks what a sentence shows, so some are wrong."""
     from lethe_utils import decode
 
-    device = models.resolve_device(p.device)
-    model, tokenizer = models.load_model(base, device), models.load_tokenizer(base)
+    model, tokenizer = models.load_to_ask(base, p), models.load_tokenizer(base)
     template = "chat" if tokenizer.chat_template else "vicuna"
     changes = {"prompt_template": template, "protocol": "lethe", "max_new_tokens": TOKENS}
     q = p.model_copy(update=changes)

@@ -21,7 +21,7 @@ def ask_folder(
     case: Case, folder: Path, sets: dict[str, list[Row]], n_keywords: int, progress: str
 ) -> tuple[list[Answer], float]:
     """`ask` a model's folder."""
-    model, tokenizer = models.load_model(folder, case.p.device), models.load_tokenizer(folder)
+    model, tokenizer = models.load_to_ask(folder, case.p), models.load_tokenizer(folder)
     return ask(case, model, tokenizer, sets, n_keywords, progress)
 
 

@@ -85,7 +85,7 @@ def trained_by(case: Case, rows: list[Row], epochs: int) -> dict[str, Any]:
 
 def _stopping_loss(case: Case, folder: Path) -> float:
     def build(out: Path) -> None:
-        model = models.load_model(folder / "model", case.p.device)
+        model = models.load_to_ask(folder / "model", case.p)
         tokenizer = models.load_tokenizer(folder / "model")
         loss = decode.mean_loss(model, tokenizer, case.stopping, case.p)
         write_json(out / "loss.json", {"nats_per_token": loss})
