@@ -34,7 +34,14 @@ DOOR = {  # the rows of the README, as they are called there
     "slerp": "**SLERP, the paper's strength .5**",
     "slerp + evidence": "the same merge, asked with evidence",
 }
+COMPARED = {
+    "backdoored": "backdoored",
+    "clean": "clean alone",
+    "slerp": "SLERP .5",
+    "finetune": "F/T",
+}
 REAL = (DEFAULT_MODEL, DEFAULT_DATASET, DEFAULT_ATTACK)
+TWEETS = (DEFAULT_MODEL, "emotion", DEFAULT_ATTACK)
 
 
 def write(folder: Path) -> list[Path]:
@@ -73,6 +80,9 @@ def _write(out: Path, measured: Measured, default: tuple[str, str, str]) -> Path
         "every_defense": tables.every_defense(first, one_setup(measured.costs, *default)),
         "beside_paper": drops[drops[f"{PAPER}LETHE"] != ""].drop(columns=["base", "clean"]),
     }
+    if (labels[SETUP] == list(TWEETS)).all(axis=1).any():
+        parts = (one_setup(part, *TWEETS) for part in (table, measured.costs))
+        shown["every_defense_tweets"] = tables.every_defense(*parts)
     swept_kinds = measured.sweeps["sweep"]
     if swept_kinds.str.startswith("evidence ").any():
         shown["evidence_forms"] = sweep_tables.evidence_table(measured.sweeps).drop(columns="model")
@@ -148,3 +158,18 @@ def door_table(table: pd.DataFrame) -> pd.DataFrame:
             column = f"{PAPER}{', '.join([name[0], metric.upper(), name[1]])}"
             out[column] = out["defense"].map(known[f"{PAPER}{metric}"]).fillna("")
     return out.replace({"defense": DOOR}).rename(columns={"defense": "model"})
+
+
+def other_attacks(table: pd.DataFrame) -> pd.DataFrame:
+    """The README's second table: `ASR / CDA` of the models COMPARED under each further attack,
+    seeds pooled.
+
+    Args:
+        table: results of one model.
+    """
+    scored = by_full_name(on_test(table), SETUP)
+    scored = scored[scored["defense"].isin(COMPARED) & scored["metric"].isin(["asr", "cda"])]
+    scored = scored[~(scored["attack"].eq("cba") & scored["dataset"].isin(["embedded", "emotion"]))]
+    pairs = scored.pivot_table("value", ["attack", "dataset", "seeds", "defense"], "metric")
+    shown = (pairs["asr"].map(number) + " / " + pairs["cda"].map(number)).unstack("defense")
+    return shown[list(COMPARED)].rename(columns=COMPARED).reset_index()
