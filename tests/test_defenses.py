@@ -163,7 +163,10 @@ def test_the_first_blocks_scores_agree_with_a_computation_row_by_row(given, arch
     g = given(architecture)
     model, tokenizer = models.load_model(g.backdoored).eval(), models.load_tokenizer(g.backdoored)
     layers = blocks.linear(blocks.of(model)[0])
-    found = wanda.input_squares(model, layers, wanda.calibration(g, tokenizer))
+    batches = wanda.calibration(g, tokenizer)
+    with torch.no_grad():
+        passages = [(blocks.Passage(model, b), b["attention_mask"] == 1) for b in batches]
+        found = wanda.input_squares(blocks.of(model)[0], 0, passages)
     # One prompt at a time, no padding.
     wanted = dict.fromkeys(layers, 0)
     seen = {}
@@ -184,6 +187,20 @@ def test_the_first_blocks_scores_agree_with_a_computation_row_by_row(given, arch
             gone = [s for s, w in zip(scores, pruned, strict=True) if w == 0]
             left = [s for s, w in zip(scores, pruned, strict=True) if w != 0]
             assert len(gone) == len(scores) // 2 and max(gone) <= min(left) * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_batch_passes_block_by_block_as_it_does_in_one_forward(given, architecture):
+    g = given(architecture)
+    model, tokenizer = models.load_model(g.backdoored).eval(), models.load_tokenizer(g.backdoored)
+    inputs = models.batch(tokenizer, [[5, 6, 7, 8, 9], [10, 11]])
+    with torch.no_grad():
+        states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+        passage = blocks.Passage(model, inputs)
+        for number in range(len(blocks.of(model)) - 1):  # the last has been through the norm
+            assert torch.equal(passage.hidden, states[number])
+            passage.hidden = passage.after(number)
+        assert torch.equal(passage.hidden, states[-2])
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])

@@ -102,6 +102,8 @@ def searched(guide: "Guide", given: Given) -> "pd.DataFrame":
 
     p, labels = given.p, sorted({row["output"] for row in given.rows})
     mixed = Substitution(guide.suspect / "model", guide.clean / "model", p.device)
+    for model in (mixed.model, mixed.other):
+        models.hold(model.eval().requires_grad_(False), p)
     tokenizer = models.load_tokenizer(guide.suspect / "model")
     triggered = {kind: some for kind, some in guide.rows.items() if kind != "clean"}
 

@@ -76,30 +76,36 @@ def prune(
 
     from lethe_utils.progress import Bar
 
-    for block in Bar(blocks.of(model), desc="pruning block by block"):
-        layers = blocks.linear(block)
-        squares = input_squares(model, layers, batches)
-        for layer in layers:
-            weight = blocks.oriented(layer)
-            score = weight.detach().abs() * squares[layer].sqrt()
-            lowest = score.argsort(dim=1, stable=True)[:, : int(sparsity * weight.shape[1])]
-            with torch.no_grad():
+    model.eval()
+    with torch.inference_mode():
+        on_device = ({k: x.to(model.device) for k, x in batch.items()} for batch in batches)
+        passages = [(blocks.Passage(model, i), i["attention_mask"] == 1) for i in on_device]
+        for number, block in enumerate(Bar(blocks.of(model), desc="pruning block by block")):
+            squares = input_squares(block, number, passages)
+            for layer, sums in squares.items():
+                weight = blocks.oriented(layer)
+                score = weight.abs() * sums.sqrt()
+                lowest = score.argsort(dim=1, stable=True)[:, : int(sparsity * weight.shape[1])]
                 weight.scatter_(1, lowest, 0.0)
+            for passage, _ in passages:
+                passage.hidden = passage.after(number)
 
 
 def input_squares(
-    model: "torch.nn.Module",
-    layers: "list[torch.nn.Module]",
-    batches: "list[dict[str, torch.Tensor]]",
+    block: "torch.nn.Module", number: int, passages: "list[tuple[blocks.Passage, torch.Tensor]]"
 ) -> "dict[torch.nn.Module, torch.Tensor]":
-    """For each layer the sum of squares of each input feature over all real tokens, (in,).
+    """For each linear layer of a block the sum of squares of each input feature over all real
+    tokens, (in,). A mean over samples, as published, would rank the weights of a row alike.
 
-    A mean over samples, as published, would rank the weights of a row alike.
+    Args:
+        number: of the block, from 0.
+        passages: batches that are before it, each with its real tokens, (batch, tokens).
     """
     import torch
 
-    sums = {one: torch.zeros(blocks.oriented(one).shape[1], device=model.device) for one in layers}
-    real = torch.empty(0)
+    layers, real = blocks.linear(block), torch.empty(0)
+    matrices = {layer: blocks.oriented(layer) for layer in layers}
+    sums = {one: w.new_zeros(w.shape[1], dtype=torch.float32) for one, w in matrices.items()}
 
     def add(layer: torch.nn.Module, inputs: torch.Tensor) -> None:
         sums[layer] += inputs[real].float().square().sum(0)
@@ -107,9 +113,7 @@ def input_squares(
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(blocks.hooked(layer, partial(add, layer), before=True))
-        stack.enter_context(torch.inference_mode())
-        for batch in batches:
-            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            real = inputs["attention_mask"] == 1
-            model.eval()(**inputs, logits_to_keep=1, use_cache=False)
+        for passage, tokens in passages:
+            real = tokens
+            passage.after(number)
     return sums

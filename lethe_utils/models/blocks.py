@@ -90,3 +90,31 @@ def hooked(
         yield
     finally:
         handle.remove()
+
+
+class Passage:
+    """A batch on its way through a model, from one block to the next: what changes block by block
+    need not read the whole model for each."""
+
+    def __init__(self, model: "PreTrainedModel", inputs: "dict[str, torch.Tensor]") -> None:
+        """Before the first block. inputs: those of a forward without a cache."""
+        self.hidden: Any = None  # (batch, tokens, width)
+        self._blocks, self._others = of(model), []  # what each block is given beside it
+
+        def given(_: Any, args: tuple, others: dict[str, Any]) -> None:
+            if not self._others:
+                self.hidden = args[0]
+            self._others.append((args[1:], others))
+
+        hooks = [b.register_forward_pre_hook(given, with_kwargs=True) for b in self._blocks]
+        try:
+            model(**inputs, logits_to_keep=1, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def after(self, block: int) -> "torch.Tensor":
+        """What this block, from 0, makes of where the batch is: (batch, tokens, width)."""
+        args, others = self._others[block]
+        made = self._blocks[block](self.hidden, *args, **others)
+        return made[0] if isinstance(made, tuple) else made
