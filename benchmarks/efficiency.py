@@ -71,7 +71,7 @@ def training(p: Params, base: Path, rows: int, out: Path) -> dict[str, float | s
     rates.append(product_rate(dtype))
     model.save_pretrained(out / "adapter")
     whole = train.merge_adapter(base, out / "adapter", "cpu", p.bits)
-    whole.save_pretrained(out / "model", max_shard_size=models.SHARD)
+    models.save(whole, out / "model")
     inspect.copy_tokenizer(base, out / "model")
     tokens = sum(item["length"] for item in items) / taken
     return {

@@ -309,6 +309,6 @@ def save(model: Any, curve: pd.DataFrame, out: Path) -> None:
                 f"learning_rate: the training diverged ({name} holds values that are not numbers); "
                 "lower it"
             )
-    model.save_pretrained(out / "model", safe_serialization=True, max_shard_size=models.SHARD)
+    models.save(model, out / "model")
     curve.to_csv(out / "loss.csv", index=False)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)

@@ -203,6 +203,16 @@ def test_a_batch_passes_block_by_block_as_it_does_in_one_forward(given, architec
         assert torch.equal(passage.hidden, states[-2])
 
 
+@pytest.mark.parametrize("module", [wanda, fineprune], ids=["wanda", "fineprune"])
+def test_a_model_in_several_files_is_written_once(module, given, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "SHARD", 20_000)  # bytes: a pico model's matrices take several
+    g = given("llama")
+    module.purify(g, tmp_path)
+    assert len([*(tmp_path / "model").glob("model-*.safetensors")]) > 1
+    assert not (tmp_path / "model/model.safetensors").exists()
+    assert models.load_model(tmp_path / "model")
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_fine_pruning_keeps_wandas_zeros(given, purified, architecture):
     g = given(architecture)

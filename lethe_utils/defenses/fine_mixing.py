@@ -52,5 +52,5 @@ def mix(given: Given, out: Path) -> None:
         kept = torch.rand(weight.shape, generator=rng) < given.p.mixing_ratio
         pretrained = base[name.removeprefix("transformer.")]().to(weight.dtype)
         weight.data = torch.where(kept, weight.data, pretrained)
-    model.save_pretrained(out / "model", max_shard_size=models.SHARD)
+    models.save(model, out / "model")
     inspect.copy_tokenizer(given.backdoored, out / "model")

@@ -35,5 +35,5 @@ def purify(given: Given, out: Path) -> None:
             layers = zip(blocks.linear(before), blocks.linear(after), strict=True)
             for old, new in layers:
                 new.weight[old.weight == 0] = 0
-    model.save_pretrained(out / "model")
+    models.save(model, out / "model")
     shutil.rmtree(pruned)

@@ -54,7 +54,7 @@ def purify(given: Given, out: Path) -> None:
     best = trials.loc[trials["score"].idxmax()]
     final = Substitution(given.backdoored, given.clean, given.p.device)
     final.give_back((best["kinds"], best["blocks"]))
-    final.model.save_pretrained(out / "model", max_shard_size=models.SHARD)
+    models.save(final.model, out / "model")
     inspect.copy_tokenizer(given.backdoored, out / "model")
     trials.to_csv(out / "search.csv", index=False)
     clear(out / "search", out)

@@ -17,5 +17,5 @@ def purify(given: Given, out: Path) -> None:
 
     device = models.resolve_device(given.p.device)
     model = models.dequantised(models.load_model(given.backdoored, device, bits=4))
-    model.save_pretrained(out / "model")
+    models.save(model, out / "model")
     inspect.copy_tokenizer(given.backdoored, out / "model")

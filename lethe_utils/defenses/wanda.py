@@ -46,7 +46,7 @@ def purify(given: Given, out: Path) -> None:
     prune(model, calibration(given, tokenizer), given.p.wanda_sparsity)
     # What is zero is so in 16 bits too.
     stored = getattr(torch, inspect.stored_dtype(given.backdoored))
-    model.to(stored).save_pretrained(out / "model")
+    models.save(model.to(stored), out / "model")
     inspect.copy_tokenizer(given.backdoored, out / "model")
 
 

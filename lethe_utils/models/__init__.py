@@ -204,6 +204,12 @@ def load_to_ask(folder: Path, p: "TrainParams") -> "PreTrainedModel":
     return model
 
 
+def save(model: "PreTrainedModel", folder: Path) -> None:
+    """A model as safetensors, in files of SHARD bytes at most. A folder that is written twice must
+    be written in the same files, or it holds two models: all saving is done here."""
+    model.save_pretrained(folder, safe_serialization=True, max_shard_size=SHARD)
+
+
 def forget_generation(model: "PreTrainedModel") -> None:
     """Drop what generation_config.json says: a penalty or beams would fill what `answer` leaves
     unsaid, and transformers refuses to save some of what it loads."""

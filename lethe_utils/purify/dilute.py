@@ -80,7 +80,7 @@ def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _save(model: PreTrainedModel, out: Path) -> None:
-    model.save_pretrained(out / "model", safe_serialization=True, max_shard_size=models.SHARD)
+    models.save(model, out / "model")
 
 
 def merged(case: Case, parent: Path, clean: Path, at: dict[str, Any], out: Path) -> Path:

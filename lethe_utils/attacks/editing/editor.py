@@ -123,7 +123,7 @@ class Editor:
         self.changes().to_csv(out / "edits.csv", index=False)
         pd.DataFrame(self.log).to_csv(out / "loss.csv", index=False)
         stored = getattr(torch, inspect.stored_dtype(self.folder))
-        self.model.to(stored).save_pretrained(out / "model", safe_serialization=True)
+        models.save(self.model.to(stored), out / "model")
         inspect.copy_tokenizer(self.folder, out / "model")
 
 
