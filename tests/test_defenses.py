@@ -134,6 +134,19 @@ def test_it_leaves_a_loadable_finite_model_and_the_backdoored_alone(
     assert not [f for f in folder.iterdir() if f.is_dir() and f.name not in ("model", "adapter")]
 
 
+@pytest.mark.parametrize("name", params.choices("defenses"))
+def test_each_runs_where_the_processor_multiplies_in_bfloat16(given, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(models, "_cpu_has_bfloat16", lambda: True)
+    few = {"beear_rounds": 1, "beear_inner_steps": 2, "beear_outer_steps": 2}
+    g, module = given("llama", cpu_dtype="auto", **few), defenses.module(name)
+    assert models.bfloat16(g.p)
+    if defenses.decodes(name):
+        assert len(module.answer(g, ["A dog is", "the cat"], 1)) == 2
+    else:
+        module.purify(g, tmp_path)
+        assert all(torch.isfinite(w).all() for w in weights(tmp_path / "model").values())
+
+
 # --- Wanda
 
 

@@ -55,7 +55,8 @@ def purify(given: Given, out: Path) -> None:
         folder = scratch / "model"
         train.finetune(given.backdoored, given.rows, p.finetune_epochs, scratch, p)
     # Never in nf4: the teacher only reads, and is to be the model that was trained.
-    loss = Distillation(models.load_to_ask(folder, p), p)
+    teacher = models.load_model(folder, models.resolve_device(p.device))
+    loss = Distillation(teacher.eval().requires_grad_(False), p)
     train.finetune(given.backdoored, given.rows, p.nad_epochs, out, p, loss=loss)
     if p.nad_teacher == "finetuned":
         (scratch / "loss.csv").replace(out / "teacher_loss.csv")  # its steps count as a cost
