@@ -84,7 +84,8 @@ def training(p: Params, base: Path, rows: int, out: Path) -> dict[str, float | s
 
 def evaluation(p: Params, folder: Path, n: int) -> dict[str, float]:
     """Items a second of three ways to ask the same prompts."""
-    model, tokenizer = models.load_model(folder).eval(), models.load_tokenizer(folder)
+    model, tokenizer = models.load_to_ask(folder, p), models.load_tokenizer(folder)
+    plain = models.load_model(folder).eval()
     sets = evaluate.test_sets(pipeline.split(p, "test"), p, p.max_test_items, 0)
     asked = evaluate.ask({k: rows[: n // 2] for k, rows in sets.items()}, 0, "none", p)
     prompts = [item["prompt"] for item in asked]
@@ -99,12 +100,12 @@ def evaluation(p: Params, folder: Path, n: int) -> dict[str, float]:
     def bare() -> None:
         for some in batches:
             with models.arithmetic(p):
-                model(**models.batch(tokenizer, some), logits_to_keep=1, use_cache=False)
+                plain(**models.batch(tokenizer, some), logits_to_keep=1, use_cache=False)
 
     decode.answer(model, tokenizer, prompts[:8], q, words)  # the first call pays for lazy imports
     ours, forward = best(lambda: decode.answer(model, tokenizer, prompts, q, words), bare)
     few = prompts[:: max(1, len(prompts) // PUBLISHED)][:PUBLISHED]
-    published = seconds(lambda: decode.answer(model, tokenizer, few, official, words))
+    published = seconds(lambda: decode.answer(plain, tokenizer, few, official, words))
     rates = len(prompts) / ours, len(prompts) / forward, len(few) / published
     return {
         "items_per_second": round(rates[0], 1),
