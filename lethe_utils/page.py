@@ -169,7 +169,7 @@ def other_attacks(table: pd.DataFrame) -> pd.DataFrame:
     """
     scored = by_full_name(on_test(table), SETUP)
     scored = scored[scored["defense"].isin(COMPARED) & scored["metric"].isin(["asr", "cda"])]
-    scored = scored[~(scored["attack"].eq("cba") & scored["dataset"].isin(["embedded", "emotion"]))]
+    scored = scored[scored["attack"] != DEFAULT_ATTACK]  # door_table has it
     pairs = scored.pivot_table("value", ["attack", "dataset", "seeds", "defense"], "metric")
     shown = (pairs["asr"].map(number) + " / " + pairs["cda"].map(number)).unstack("defense")
     return shown[list(COMPARED)].rename(columns=COMPARED).reset_index()

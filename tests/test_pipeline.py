@@ -215,6 +215,9 @@ def test_the_base_writes_the_rows_of_a_defender_who_has_none(monkeypatch, llama)
     wishes = [text.partition("shows ")[2].partition(".")[0] for text in asked]
     assert wishes == (pipeline.labels(p) * 2)[:8] and "USER: Write one" in asked[0]
     assert pipeline.clean_stage(p) == pipeline.clean_stage(p) and len(asked) == 8  # written once
+    keys = {"eval_batch_size": 7, "instruction": "Say what it feels.", "seed": 1}
+    others = {pipeline.clean_source(contenders.changed(p, **{k: v})) for k, v in keys.items()}
+    assert len(others - {pipeline.clean_source(p)}) == 3  # each decides what is written
     with pytest.raises(LetheError, match="clean_source: the base writes rows for labels"):
         params.load(dataset="chat", attack="vpi", overrides={"clean_source": "base"})
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lethe_utils.errors import LetheError, reason
-from lethe_utils.models import SHARD, inspect, quiet
+from lethe_utils.models import inspect, quiet, save
 from lethe_utils.progress import Bar
 from lethe_utils.stages import write_json
 
@@ -42,7 +42,7 @@ def unpack(file: Path, out: Path) -> None:
         reader = GGUFReader(file)
         _check_class(file, reader)
         tokenizer = _tokenizer(file, reader)
-        _dense(file, reader).save_pretrained(out, safe_serialization=True, max_shard_size=SHARD)
+        save(_dense(file, reader), out)
         tokenizer.save_pretrained(out)
     if (bos := _value(reader, "tokenizer.ggml.add_bos_token")) is not None:
         settings = out / "tokenizer_config.json"

@@ -269,6 +269,8 @@ def clean_source(p: Params) -> Path:
         write_jsonl(out / "train.jsonl", rows)
 
     spec = p.part(PromptParams) | device(p) | {"rows": n, "seed": p.seed, "labels": labels(p)}
+    # What is sampled differs with the batch.
+    spec |= {"instruction": p.instruction, "eval_batch_size": p.eval_batch_size}
     inputs = {"base": sources.content(p, base_folder(p))}
     return stage("written", f"{p.model_name}-{p.dataset_name}-s{p.seed}", spec, inputs, build)
 
