@@ -73,7 +73,8 @@ def _check_setups(runs: dict[str, dict[str, Any]]) -> None:
     that not both of two have: nothing of it is pooled."""
     # What a run measures beside the others changes nothing of what they share.
     beside = {*SweepParams.model_fields, *UtilityParams.model_fields}
-    own = {"seed", "defense", *beside} - {"sweep_items"}
+    # How many are asked at a time fits the machine, and moves answers by rounding alone.
+    own = {"seed", "defense", "eval_batch_size", *beside} - {"sweep_items"}
     setups: dict[tuple, tuple[str, dict]] = {}
     for run_id, params in sorted(runs.items()):
         setup = (params["model"], params["dataset"], params["attack"])

@@ -78,9 +78,9 @@ def test_a_run_of_code_that_was_not_committed_is_not_released(checkout, dirty, n
 
 
 def test_runs_of_one_setup_differ_in_their_seed_only(checkout):
-    finished_run("a", seed=0, strength=0.75)
+    finished_run("a", seed=0, strength=0.75, eval_batch_size=32)
     # What a run measures beside the others is its own, and so is a param that came with later code.
-    own = {"defense": "all", "strengths_sweep": [0.5], "a_later_param": 1}
+    own = {"defense": "all", "strengths_sweep": [0.5], "a_later_param": 1, "eval_batch_size": 64}
     finished_run("b", seed=1, strength=0.5, **own)
     finished_run("c", seed=1, strength=0.75, **own)
     results.release("a")
