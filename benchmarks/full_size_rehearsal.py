@@ -6,8 +6,8 @@ The weights are written one tensor at a time (bfloat16, sharded safetensors), th
 the project's own code on a few rows as long as the recipe allows, in a process of its own, so that
 every peak is that stage's. Needs three times the model on disk: base, backdoored, and what is made
 of them; FOLDER/purified may be a link to another disk. A base that stands in FOLDER is used again.
-Writes full_size_rehearsal.json beside this file, a record a model: seconds and peak memory of each
-stage (GiB, resident; mapped files count, `anonymous` leaves them out, for they can be dropped).
+Writes full_size_rehearsal.json beside this file, a record a model and device: seconds and peak
+memory of each stage (GiB; mapped files count, which can be dropped: `anonymous` leaves them out).
 The weights are random, so the numbers are costs and nothing else.
 """
 
@@ -329,7 +329,7 @@ def rehearse(model: str, blocks: int | None, place: Path, out: Path) -> None:
     for name in STAGES:
         stages[name] = in_its_own(name, place, words)
         known = read_json(out) if out.exists() else {}
-        write_json(out, known | {model: record})
+        write_json(out, known | {f"{model}, {record['device']}": record})
     print(json.dumps(record, indent=1))
 
 

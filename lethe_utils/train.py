@@ -1,5 +1,6 @@
 """Training: rows become batches, and LoRA makes a model of them (backdoored, clean)."""
 
+import gc
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -258,7 +259,9 @@ def finetune(
         model.load_adapter(str(frozen), FROZEN, torch_device=device)
     curve = fit(model, tokenizer, rows, epochs, out, p, loss)
     model.save_pretrained(out / "adapter", selected_adapters=[TRAINED])
-    del model  # at full size two copies would not fit beside each other
+    # At full size two copies do not fit beside each other, and in bfloat16 one holds itself.
+    del model
+    gc.collect()
     inspect.copy_tokenizer(start, out / "model")
     save(merge_adapter(start, out / "adapter", device, p.bits), curve, out)
 

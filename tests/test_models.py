@@ -101,6 +101,13 @@ def test_cuda_is_used_where_there_is_one_unless_the_cpu_is_asked_for(monkeypatch
     assert [models.resolve_device(d) for d in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
 
 
+def test_no_model_is_loaded_with_a_kernel_that_gives_wrong_gradients(folder):
+    """cuDNN's attention: NaN for masked batches of some lengths, on Hopper (pytorch#196678)."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    models.load_model(folder)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.parametrize("has", [True, False])
 def test_a_cpu_multiplies_in_bfloat16_where_it_can_and_may(monkeypatch, pico_params, has):
     monkeypatch.setattr(models, "_cpu_has_bfloat16", lambda: has)

@@ -1,11 +1,13 @@
 """Training: what a row becomes, what the loss is, and that the saved model is the trained one."""
 
+import gc
 import json
 from functools import partial
 
 import pandas as pd
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
@@ -229,6 +231,26 @@ def test_every_linear_layer_but_the_head_is_trained(pico, pico_params, tmp_path,
         in_block = any(part.isdigit() for part in name.split("."))
         linear = in_block and tensor.dim() == 2
         assert torch.equal(tensor, after[name]) != linear, name
+
+
+def test_the_trained_model_is_gone_before_its_adapter_is_merged(
+    pico, pico_params, monkeypatch, tmp_path
+):
+    """Two would not fit beside each other at full size."""
+    seen, merge_adapter = [], train.merge_adapter
+
+    def watched(*args):
+        seen.append([type(o).__name__ for o in gc.get_objects() if isinstance(o, PeftModel)])
+        return merge_adapter(*args)
+
+    monkeypatch.setattr(train, "merge_adapter", watched)
+    monkeypatch.setattr(models, "bfloat16", lambda _: True)  # as on a GPU
+    gc.disable()  # it must not come by chance
+    try:
+        train.finetune(pico("gpt2")[0], ROWS, 1, tmp_path / "out", pico_params(**SHORT))
+    finally:
+        gc.enable()
+    assert seen == [[]]
 
 
 def test_the_seed_repeats_a_training_run(pico, pico_params, tmp_path):

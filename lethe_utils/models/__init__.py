@@ -77,6 +77,16 @@ def hold(module: "torch.nn.Module", p: "TrainParams") -> None:
             layer.weight = torch.nn.Parameter(held_weight, requires_grad=False)
 
 
+def avoid_wrong_gradients() -> None:
+    """Keep attention on CUDA off cuDNN's kernel, the default on Hopper from torch 2.11 on: for a
+    masked batch of 64, 192, 320 ... tokens it gives NaN as a gradient where one head attends to
+    little (pytorch/pytorch#196678), and one such step makes every weight NaN. The next kernel in
+    line is as exact."""
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def ease_backward(model: "PreTrainedModel", p: "TrainParams") -> None:
     """Let a model that will be trained take the attention that is fast backwards: on a CPU in
     bfloat16 the plain one is three times as fast as the fused one."""
@@ -174,6 +184,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quiet()
+    avoid_wrong_gradients()
     inspect.check_folder(folder)
     dtype = dtype or (torch.float32 if exact else getattr(torch, held(folder, device)))
     extra: dict[str, Any] = {}
