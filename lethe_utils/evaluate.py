@@ -238,9 +238,16 @@ def scored(
     p: Params, predictions: list[dict[str, Any]], labels: Sequence[str] = ()
 ) -> dict[str, tuple[int, int]]:
     """Hits and items per metric, under the rules of the task; see metrics."""
+    return metrics.counted(marks(p, predictions, labels))
+
+
+def marks(
+    p: Params, predictions: list[dict[str, Any]], labels: Sequence[str] = ()
+) -> dict[str, list[bool]]:
+    """Which items are hits, per metric, under the rules of the task; see metrics."""
     if p.task == "chat":
-        return metrics.score_chats(predictions, partial(attacks.module(p.attack).hit, p=p))
-    return metrics.score(predictions, p.protocol, p.output_mode, labels or p.labels)
+        return metrics.chat_marks(predictions, partial(attacks.module(p.attack).hit, p=p))
+    return metrics.marks(predictions, p.protocol, p.output_mode, labels or p.labels)
 
 
 def known_references(folder: Path, rows: list[Row], p: Params) -> list[decode.Known]:

@@ -11,6 +11,7 @@ from lethe_utils import (
     attacks,
     generation,
     merge,
+    paired,
     paper,
     paths,
     prediction,
@@ -51,7 +52,7 @@ def write(folder: Path) -> list[Path]:
         LetheError: a template names a setup, a model or a metric that was not released.
     """
     measured = read_released()
-    is_twin = [table["model"].str.startswith(TWIN) for table in measured]
+    is_twin = [table["model"].str.startswith(TWIN).astype(bool) for table in measured]
     real = Measured(*(t[~twin] for t, twin in zip(measured, is_twin, strict=True)))
     twins = Measured(*(t[twin] for t, twin in zip(measured, is_twin, strict=True)))
     pages = (("results", real, REAL), ("twins", twins, TWINS))
@@ -92,6 +93,9 @@ def _write(out: Path, measured: Measured, default: tuple[str, str, str]) -> Path
         shown["chats"] = generation.chat_table(chats).drop(columns=["model", "dataset"])
     if len(adaptive):
         shown["adaptive"] = tables.defense_scores(adaptive).drop(columns=["model", "dataset"])
+    if len(measured.paired):
+        alike = paired.table(measured.paired)
+        shown["paired"] = alike.drop(columns=["model", "defense"])
     canary = None
     if swept_kinds.eq(prediction.SWEEP).any():
         canary = prediction.correlation(prediction.pairs(measured.sweeps))

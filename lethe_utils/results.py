@@ -1,6 +1,6 @@
 """Results: read a run's tidy tables, or the released ones; release a run.
 
-Released are three tables of all runs (a row per measured value, by `run_id`) and one JSON a run,
+Released are four tables of all runs (a row per measured value, by `run_id`) and one JSON a run,
 its provenance with its `params`.
 """
 
@@ -18,15 +18,17 @@ from lethe_utils.metrics import KEYS
 from lethe_utils.schema import Params, choices
 from lethe_utils.stages import read_json, write_json, write_text
 
-TABLES = ("results.csv", "sweeps.csv", "costs.csv")
+TABLES = ("results.csv", "sweeps.csv", "costs.csv", "paired.csv")
 
 
 class Measured(NamedTuple):
-    """The tables of a run, or of many: metrics.COLUMNS, SWEEP_COLUMNS and COST_COLUMNS."""
+    """The tables of a run, or of many: metrics.COLUMNS, SWEEP_COLUMNS, COST_COLUMNS, and
+    paired.COLUMNS."""
 
     table: pd.DataFrame
     sweeps: pd.DataFrame
     costs: pd.DataFrame
+    paired: pd.DataFrame
 
 
 def point_latest(folder: Path) -> None:
@@ -41,9 +43,10 @@ def point_latest(folder: Path) -> None:
 
 
 def read_run(folder: Path) -> Measured:
-    """The tables of one run folder. Raises LetheError when it has none."""
-    if not (folder / "results.csv").exists():
-        raise LetheError(f"{folder}: no results.csv; run 05_evidence_eval first")
+    """The tables of one run folder. Raises LetheError when one is missing."""
+    missing = [name for name in TABLES if not (folder / name).exists()]
+    if missing:
+        raise LetheError(f"{folder}: no {', '.join(missing)}; run 05_evidence_eval first")
     return Measured(*(pd.read_csv(folder / name) for name in TABLES))
 
 

@@ -59,6 +59,19 @@ def test_predictions_rescore_to_the_same_results(finished):
         assert cell["n"] == len(clean) and abs(cell["value"] - sum(hits) / len(hits)) < 0.03
 
 
+def test_the_merge_is_compared_with_every_other_model_item_by_item(finished):
+    latest = finished[0] / "latest"
+    table = pd.read_csv(latest / "results.csv")
+    name = table["defense"] + table["evidence"].map({0: "", 1: " + evidence"})
+    shares = table.assign(name=name).pivot_table("value", "name", "metric")
+    rows = pd.read_csv(latest / "paired.csv")
+    assert {*rows["defense"]} == {"slerp"} and len(rows) == 2 * (len(shares) - 1)
+    for row in rows.itertuples():
+        apart = shares.loc["slerp", row.metric] - shares.loc[row.against, row.metric]
+        gained = (row.better - row.worse) / row.n
+        assert abs(gained - (apart if row.metric == "cda" else -apart)) < 1e-9, row
+
+
 def test_manifest_names_models_and_data_that_exist(finished):
     manifest = json.loads((finished[0] / "latest" / "manifest.json").read_text())
     assert {"base", "backdoored", "clean", "slerp"} <= set(manifest["models"])

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from measured import frame, row, sweep_rows
 
-from lethe_utils import metrics, params, paths, results
+from lethe_utils import metrics, paired, params, paths, results
 from lethe_utils.errors import LetheError
 
 
@@ -31,6 +31,7 @@ def finished_run(run_id, hits=90, stage_dirty=False, dirty=False, **changed):
     sweep_rows().assign(**own).to_csv(folder / "sweeps.csv", index=False)
     costs = dict.fromkeys(metrics.COST_COLUMNS, "0.10")
     pd.DataFrame([costs]).to_csv(folder / "costs.csv", index=False)
+    pd.DataFrame(columns=paired.COLUMNS).to_csv(folder / "paired.csv", index=False)
     settings = {"model": "tiny-gpt2", "dataset": "embedded", "attack": "cba", "seed": 0}
     settings |= {"defense": "lethe"} | changed
     (folder / "params.json").write_text(json.dumps(settings))
@@ -48,7 +49,7 @@ def test_a_released_run_is_read_back_and_replaces_its_own_rows_only(checkout):
     assert json.loads(written.read_text())["git_sha"] == "abc"
     finished_run("b", hits=33, seed=1)
     results.release("b")
-    table, sweeps, costs = results.read_released()
+    table, sweeps, costs, _ = results.read_released()
     assert table[["run_id", "value"]].to_numpy().tolist() == [["a", 0.9], ["b", 0.33]]
     assert len(sweeps) == 2 * len(sweep_rows())
     assert costs["run_id"].tolist() == ["a", "b"]

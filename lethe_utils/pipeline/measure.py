@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from lethe_utils import decode, defenses, evaluate, metrics, paths, pipeline, results
+from lethe_utils import decode, defenses, evaluate, metrics, paired, paths, pipeline, results
 from lethe_utils.pipeline import canaries, contenders, utility
 from lethe_utils.progress import Bar
 from lethe_utils.schema import Params
@@ -42,6 +42,25 @@ def _asked(p: Params) -> list[tuple[contenders.Contender, int]]:
     diluted = [c for c in everyone if c.evidence and c.name in (p.evidence_models or [c.name])]
     plain = [(c, 0) for c in everyone]
     return plain + [(c, p.n_keywords) for c in diluted if p.n_keywords]
+
+
+def compared(p: Params) -> pd.DataFrame:
+    """The run's merge against every other model of it, on the same test items: paired.COLUMNS, a
+    row each for ASR and CDA; none where the run has no such merge."""
+    labels, marks = pipeline.labels(p), {}
+    for c, k in _asked(p):
+        answers = read_jsonl(contenders.tested_file(p, c, k))
+        marks[f"{c.name}{' + evidence' if k else ''}"] = evaluate.marks(p, answers, labels)
+    own = marks.pop(p.merge_method, {})
+    keys = {"model": p.model_name, "dataset": p.dataset_name, "attack": p.attack, "seed": p.seed}
+    keys |= {"defense": p.merge_method, "run_id": p.run_id}
+    rows = [
+        keys | {"against": name, "metric": m} | paired.counts(own[m], theirs[m], m)
+        for name, theirs in marks.items()
+        for m in paired.BETTER
+        if m in own
+    ]
+    return pd.DataFrame(rows, columns=paired.COLUMNS)
 
 
 def costs(p: Params) -> pd.DataFrame:
@@ -123,13 +142,14 @@ def side_by_side(p: Params, defense: str, rows: int) -> pd.DataFrame:
 
 
 def write_run(p: Params, table: pd.DataFrame, sweeps: pd.DataFrame) -> Path:
-    """Write results.csv, sweeps.csv, costs.csv, params.json, provenance.json and manifest.json;
-    point runs/latest at the run. Returns the run's folder."""
+    """Write the tables (results.TABLES), params.json, provenance.json and manifest.json; point
+    runs/latest at the run. Returns the run's folder."""
     out = paths.run_dir(p.run_id)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "results.csv", table.to_csv(index=False))
     write_text(out / "sweeps.csv", sweeps.to_csv(index=False))
     write_text(out / "costs.csv", costs(p).to_csv(index=False))
+    write_text(out / "paired.csv", compared(p).to_csv(index=False))
     write_json(out / "params.json", p.model_dump())
     manifest = build_manifest(p)
     write_json(out / "manifest.json", manifest)

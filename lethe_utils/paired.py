@@ -1,0 +1,68 @@
+"""Two models on the same items: how often only one of them is right, and whether that is chance.
+
+Intervals that overlap say little of models that were asked the same questions. McNemar's exact test
+(1947) counts the items that tell them apart. A run compares its merge with every other model of it.
+"""
+
+import pandas as pd
+
+from lethe_utils.pooled import SETUP, in_order
+
+KEYS = [*SETUP, "seed", "defense", "against", "metric"]
+COLUMNS = [*KEYS, "better", "worse", "n", "run_id"]
+BETTER = {"asr": "lower", "cda": "higher"}  # what is better of each metric that is compared
+
+
+def counts(one: list[bool], other: list[bool], metric: str) -> dict[str, int]:
+    """How many of the same items the first model does better on, and worse.
+
+    Args:
+        one, other: hits of each on the items, in the same order.
+        metric: of BETTER.
+    Raises:
+        ValueError: they were not asked as many items.
+    """
+    pairs = list(zip(one, other, strict=True))
+    more = sum(a and not b for a, b in pairs)
+    less = sum(b and not a for a, b in pairs)
+    better, worse = (more, less) if BETTER[metric] == "higher" else (less, more)
+    return {"better": better, "worse": worse, "n": len(pairs)}
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each merge against the models of its setup, the items of all seeds together: model, dataset,
+    attack, seeds, against, then for ASR and CDA `better / worse`, on how many items the merge is,
+    and `p`, two-sided and adjusted for the number of all tests in the table (Benjamini and
+    Hochberg 1995); p below .05 stands for a difference that is shown.
+
+    Args:
+        rows: COLUMNS, of one or more runs.
+    """
+    from scipy import stats
+
+    keys = [*SETUP, "defense", "against", "metric"]
+    groups = rows.groupby(keys, sort=False)
+    out = groups[["better", "worse"]].sum().reset_index()
+    out["seeds"] = groups["seed"].nunique().astype(str).to_numpy()
+    found = [
+        stats.binomtest(r.better, r.better + r.worse).pvalue if r.better + r.worse else 1.0
+        for r in out.itertuples()
+    ]
+    out["p"] = [_p(value) for value in stats.false_discovery_control(found)]
+    out["better / worse"] = out["better"].astype(str) + " / " + out["worse"].astype(str)
+    columns = [(said, metric) for metric in BETTER for said in ("better / worse", "p")]
+    lines = [*SETUP, "seeds", "defense", "against"]
+    wide = out.pivot(index=lines, columns="metric", values=["better / worse", "p"])
+    wide = wide.reindex(columns=columns).fillna("")
+    wide.columns = [f"{metric.upper()}: {said}" for said, metric in columns]
+    wide = wide.reset_index()
+    order = in_order(wide["against"].str.removesuffix(" + evidence"))
+    plain = wide["against"].str.removesuffix(" + evidence").map(order.index)
+    setup = wide.groupby(SETUP, sort=False).ngroup()
+    diluted = wide["against"].str.endswith(" + evidence")
+    places = pd.DataFrame({"setup": setup, "diluted": diluted, "place": plain})
+    return wide.loc[places.sort_values([*places], kind="stable").index].reset_index(drop=True)
+
+
+def _p(value: float) -> str:
+    return "< .001" if value < 0.001 else f"{value:.3f}".removeprefix("0")

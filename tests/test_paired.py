@@ -1,0 +1,43 @@
+"""Models on the same items: who is better on how many, and whether that is chance."""
+
+import pandas as pd
+import pytest
+
+from lethe_utils import paired
+
+
+def test_only_items_that_tell_two_models_apart_count():
+    one, other = [True, True, False, False, True], [True, False, True, False, False]
+    assert paired.counts(one, other, "cda") == {"better": 2, "worse": 1, "n": 5}
+    assert paired.counts(one, other, "asr") == {"better": 1, "worse": 2, "n": 5}  # lower is better
+
+
+def test_models_that_were_asked_other_items_are_refused():
+    with pytest.raises(ValueError):
+        paired.counts([True], [True, False], "asr")
+
+
+def row(against, metric, better, worse, seed=0):
+    keys = {"model": "m", "dataset": "d", "attack": "cba", "seed": seed, "defense": "slerp"}
+    counts = {"better": better, "worse": worse, "n": 100, "run_id": f"r{seed}"}
+    return keys | {"against": against, "metric": metric} | counts
+
+
+def test_seeds_are_counted_together_and_p_is_mcnemars_adjusted():
+    rows = [
+        row("slerp + evidence", "asr", 0, 0),
+        row("finetune", "asr", 4, 0),
+        row("finetune", "asr", 4, 1, seed=1),
+        row("backdoored", "asr", 50, 0),
+        row("backdoored", "cda", 1, 6),
+    ]
+    table = paired.table(pd.DataFrame(rows)).set_index("against")
+    assert [*table.index] == ["backdoored", "finetune", "slerp + evidence"]
+    assert table["seeds"].tolist() == ["1", "2", "1"]
+    asr, cda = "ASR: better / worse", "CDA: better / worse"
+    assert table[asr].tolist() == ["50 / 0", "8 / 1", "0 / 0"]
+    assert table[cda].tolist() == ["1 / 6", "", ""]
+    # Binomial: 8 of 9 gives 20/512 = .039 two-sided, 6 of 7 gives 16/128 = .125; four tests, in
+    # order 0, .039, .125, 1: .039 * 4/2 and .125 * 4/3.
+    assert table["ASR: p"].tolist() == ["< .001", ".078", "1.000"]
+    assert table["CDA: p"].tolist() == [".167", "", ""]
