@@ -205,7 +205,8 @@ def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
 def every_defense(table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     """Every defense of one setup: what it needs, costs (the clean model's training not counted) and
     gives, and the paper's means over its 30 settings beside it."""
-    taken = cost_table(costs)[["defense", "trainings", "steps", "seconds", "x backdoored"]]
+    spent = ["trainings", "steps", "seconds", "GiB", "ms per query", "x backdoored"]
+    taken = cost_table(costs)[["defense", *spent]]
     means = paper.means().set_index("metric").map(number).T
     means = means.rename(columns={m: f"{PAPER}mean {m.lower()}" for m in means})
     means.index = means.index.str.removeprefix(PAPER)

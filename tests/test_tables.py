@@ -285,6 +285,7 @@ def test_costs_are_medians_over_seeds():
 
 def test_the_overview_says_what_each_needs_costs_and_gives_beside_the_papers_means():
     line = dict.fromkeys(metrics.COST_COLUMNS, 0) | {"trainings": 2, "seconds": 12.0}
+    line |= {"peak_memory_gib": 1.5, "ms_per_query": 80.0}
     names = ["backdoored", "slerp", "wanda", "finetune", "nad_clean_teacher"]
     setup = {"model": "tiny-gpt2", "dataset": "emotion", "attack": "cba", "acts": "on weights"}
     costs = pd.DataFrame([line | setup | {"defense": name} for name in names])
@@ -292,7 +293,8 @@ def test_the_overview_says_what_each_needs_costs_and_gives_beside_the_papers_mea
     needs = {"backdoored": "", "slerp": "clean model", "wanda": "clean rows"}
     assert {name: shown.loc[name, "needs"] for name in needs} == needs
     assert shown.loc["nad_clean_teacher", "needs"] == "clean model"
-    assert shown.loc["wanda", ["trainings", "seconds"]].tolist() == ["2", "12.0"]
+    taken = ["trainings", "seconds", "GiB", "ms per query"]
+    assert shown.loc["wanda", taken].tolist() == ["2", "12.0", "1.50", "80.00"]
     means = paper.means().set_index("metric")
     assert shown.loc["wanda", "paper: mean asr"] == tables.number(means.loc["ASR", "paper: WAN"])
     assert shown.loc["nad_clean_teacher", "paper: column"] == ""
