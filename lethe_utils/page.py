@@ -43,6 +43,7 @@ COMPARED = {
 }
 REAL = (DEFAULT_MODEL, DEFAULT_DATASET, DEFAULT_ATTACK)
 TWEETS = (DEFAULT_MODEL, "emotion", DEFAULT_ATTACK)
+NO_ATTACK = "none"  # a model that is purified for nothing
 
 
 def write(folder: Path) -> list[Path]:
@@ -68,6 +69,8 @@ def _write(out: Path, measured: Measured, default: tuple[str, str, str]) -> Path
     t = merge.slerp_table(settings["n_layers"], [settings["strength"]])["t"]
     chats = table[table["attack"].map(attacks.task) == "chat"]
     labels = table.drop(index=chats.index)
+    alarm = labels[labels["attack"] == NO_ATTACK]
+    labels = labels.drop(index=alarm.index)
     published = labels["attack"].isin(paper.table_2()["attack"])
     adaptive, labels = labels[~published], labels[published]
     others = labels[(labels["attack"] != "cba") & labels["defense"].isin(READ_FIRST)]
@@ -91,6 +94,8 @@ def _write(out: Path, measured: Measured, default: tuple[str, str, str]) -> Path
         shown["clean_sources"] = sweep_tables.clean_source_table(measured.sweeps)
     if len(chats):
         shown["chats"] = generation.chat_table(chats).drop(columns=["model", "dataset"])
+    if len(alarm):
+        shown["false_alarm"] = tables.defense_scores(alarm).drop(columns=["model", "attack"])
     if len(adaptive):
         shown["adaptive"] = tables.defense_scores(adaptive).drop(columns=["model", "dataset"])
     if len(measured.paired):
@@ -173,7 +178,7 @@ def other_attacks(table: pd.DataFrame) -> pd.DataFrame:
     """
     scored = by_full_name(on_test(table), SETUP)
     scored = scored[scored["defense"].isin(COMPARED) & scored["metric"].isin(["asr", "cda"])]
-    scored = scored[scored["attack"] != DEFAULT_ATTACK]  # door_table has it
+    scored = scored[~scored["attack"].isin([DEFAULT_ATTACK, NO_ATTACK])]  # door_table has the first
     pairs = scored.pivot_table("value", ["attack", "dataset", "seeds", "defense"], "metric")
     shown = (pairs["asr"].map(number) + " / " + pairs["cda"].map(number)).unstack("defense")
     return shown[list(COMPARED)].rename(columns=COMPARED).reset_index()

@@ -323,6 +323,19 @@ def test_the_doors_table_has_its_rows_in_order_and_the_papers_in_columns_of_thei
     assert theirs[1] == theirs[2] == theirs[4] == ["", ""]
 
 
+def test_the_doors_other_attacks_leave_out_its_first_and_who_does_not_attack():
+    hits = {"backdoored": 95, "clean": 8, "slerp": 10, "finetune": 60}
+    lines = [
+        row(d, m, n, attack=attack)
+        for attack in ("cba", "none", "rome")
+        for d, n in hits.items()
+        for m in ("asr", "cda")
+    ]
+    shown = page.other_attacks(frame(*lines))
+    assert shown["attack"].tolist() == ["rome"]
+    assert shown.loc[0, "SLERP .5"] == ".100 / .100"
+
+
 def test_forms_of_evidence_have_a_row_each_and_the_models_columns():
     def point(sweep, x, model, asr, evidence=1):
         place = {"sweep": sweep, "x": x, "split": "validation", "evidence": evidence}
