@@ -32,7 +32,7 @@ def a_case(parts=(60, 10, 30), labels=("joy", "sad"), **changes):
     taught, stopping, held_out = (
         every[sum(parts[:i]) : sum(parts[: i + 1])] for i in range(len(parts))
     )
-    p = P.model_copy(update=changes)
+    p = P.model_copy(update={"max_cda_loss": 0.02} | changes)
     folder = Path("model")
     return Case(
         folder,

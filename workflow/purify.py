@@ -72,7 +72,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", required=True, help="a new folder for the result")
     parser.add_argument(
-        "--max-cda-loss", type=float, help="clean performance that may be lost (default .02)"
+        "--max-cda-loss", type=float, help="clean performance that may be lost (default .04)"
     )
     parser.add_argument(
         "--method",
