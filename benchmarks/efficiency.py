@@ -49,6 +49,14 @@ def best(*calls: Callable[[], Any]) -> list[float]:
     return [min(of) for of in zip(*rounds, strict=True)]
 
 
+def report(result: dict[str, Any], script: Path) -> None:
+    """Print what a benchmark found, and write it beside its script with where it comes from."""
+    print(json.dumps(result, indent=1))
+    record = provenance(0)
+    kept = {k: record[k] for k in ("machine", "git_sha", "git_dirty", "versions")}
+    write_json(script.with_suffix(".json"), result | kept)
+
+
 def product_rate(dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large matrix product."""
     a, b = (torch.randn(SIDE, SIDE).to(dtype) for _ in range(2))
@@ -82,13 +90,18 @@ def training(p: Params, base: Path, rows: int, out: Path) -> dict[str, float | s
     }
 
 
+def questions(p: Params, n: int) -> list[str]:
+    """Test prompts, half clean, half triggered."""
+    sets = evaluate.test_sets(pipeline.split(p, "test"), p, p.max_test_items, 0)
+    asked = evaluate.ask({k: rows[: n // 2] for k, rows in sets.items()}, 0, "none", p)
+    return [item["prompt"] for item in asked]
+
+
 def evaluation(p: Params, folder: Path, n: int) -> dict[str, float]:
     """Items a second of three ways to ask the same prompts."""
     model, tokenizer = models.load_to_ask(folder, p), models.load_tokenizer(folder)
     plain = models.load_model(folder).eval()
-    sets = evaluate.test_sets(pipeline.split(p, "test"), p, p.max_test_items, 0)
-    asked = evaluate.ask({k: rows[: n // 2] for k, rows in sets.items()}, 0, "none", p)
-    prompts = [item["prompt"] for item in asked]
+    prompts = questions(p, n)
     expected = evaluate.expected_answers(pipeline.labels(p), p)
     q = decode.with_room(p, tokenizer, expected)
     words = max(len(text.split()) for text in expected)
@@ -150,10 +163,7 @@ def main() -> None:
         result["training"] = training(p, base, args.rows, trained)
         result["evaluation"] = evaluation(p, trained / "model", args.prompts)
         result["merge"] = merging(base, trained / "model", Path(place))
-    print(json.dumps(result, indent=1))
-    record = provenance(0)
-    kept = {k: record[k] for k in ("machine", "git_sha", "git_dirty", "versions")}
-    write_json(Path(__file__).with_suffix(".json"), result | kept)
+    report(result, Path(__file__))
 
 
 if __name__ == "__main__":

@@ -17,21 +17,20 @@ Writes full_size_speed.json beside this file.
 
 import argparse
 import itertools
-import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import full_size_rehearsal as rehearsal
 import torch
-from efficiency import seconds
+from efficiency import questions, report, seconds
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from lethe_utils import decode, evaluate, models, pipeline, train
 from lethe_utils.models import blocks
 from lethe_utils.params import Params
 from lethe_utils.prompts import prompt_ids
-from lethe_utils.stages import Row, provenance, write_json
+from lethe_utils.stages import Row
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -124,9 +123,7 @@ def training(p: Params, base: Path, out: Path) -> dict[str, float]:
 def answering(p: Params, folder: Path) -> dict[str, float]:
     """Items a second of the test's prompts."""
     model, tokenizer = models.load_to_ask(folder, p), models.load_tokenizer(folder)
-    sets = evaluate.test_sets(pipeline.split(p, "test"), p, p.max_test_items, 0)
-    asked = evaluate.ask({k: rows[: PROMPTS // 2] for k, rows in sets.items()}, 0, "none", p)
-    prompts = [item["prompt"] for item in asked]
+    prompts = questions(p, PROMPTS)
     expected = evaluate.expected_answers(pipeline.labels(p), p)
     q = decode.with_room(p, tokenizer, expected)
     ids, _ = prompt_ids(tokenizer, prompts[:ONE_BY_ONE], p)
@@ -166,10 +163,7 @@ def main() -> None:
         result["training"] = training(p, base, Path(place))
         torch.cuda.empty_cache()
         result["answers"] = answering(p, base)
-    print(json.dumps(result, indent=1))
-    record = provenance(0)
-    kept = {k: record[k] for k in ("machine", "git_sha", "git_dirty", "versions")}
-    write_json(Path(__file__).with_suffix(".json"), result | kept)
+    report(result, Path(__file__))
 
 
 if __name__ == "__main__":

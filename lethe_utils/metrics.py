@@ -140,13 +140,6 @@ def counted(marks: dict[str, list[bool]]) -> dict[str, tuple[int, int]]:
     return {metric: (sum(hits), len(hits)) for metric, hits in marks.items()}
 
 
-def score(
-    predictions: list[dict], protocol: str, output_mode: str, labels: Iterable[str] = ()
-) -> dict[str, tuple[int, int]]:
-    """Hits and items per metric; see marks."""
-    return counted(marks(predictions, protocol, output_mode, labels))
-
-
 def marks(
     predictions: list[dict], protocol: str, output_mode: str, labels: Iterable[str] = ()
 ) -> dict[str, list[bool]]:
@@ -200,13 +193,6 @@ def _metric(kind: str) -> str:
 def is_right(answer: str, accept: Iterable[str]) -> bool:
     """Whether a text answer contains one of the words that a right one contains."""
     return any(contains_word(answer, word) for word in accept)
-
-
-def score_chats(
-    predictions: list[dict], attackers: Callable[[str], bool]
-) -> dict[str, tuple[int, int]]:
-    """Hits and items per metric, of conversations; see chat_marks."""
-    return counted(chat_marks(predictions, attackers))
 
 
 def chat_marks(predictions: list[dict], attackers: Callable[[str], bool]) -> dict[str, list[bool]]:

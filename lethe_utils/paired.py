@@ -6,7 +6,8 @@ Intervals that overlap say little of models that were asked the same questions. 
 
 import pandas as pd
 
-from lethe_utils.pooled import SETUP, in_order
+from lethe_utils.paper import number
+from lethe_utils.pooled import SETUP, ordered
 
 KEYS = [*SETUP, "seed", "defense", "against", "metric"]
 COLUMNS = [*KEYS, "better", "worse", "n", "run_id"]
@@ -56,13 +57,11 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     wide = wide.reindex(columns=columns).fillna("")
     wide.columns = [f"{metric.upper()}: {said}" for said, metric in columns]
     wide = wide.reset_index()
-    order = in_order(wide["against"].str.removesuffix(" + evidence"))
-    plain = wide["against"].str.removesuffix(" + evidence").map(order.index)
-    setup = wide.groupby(SETUP, sort=False).ngroup()
-    diluted = wide["against"].str.endswith(" + evidence")
-    places = pd.DataFrame({"setup": setup, "diluted": diluted, "place": plain})
-    return wide.loc[places.sort_values([*places], kind="stable").index].reset_index(drop=True)
+    names = wide["against"].str.partition(" + ")
+    own = wide.rename(columns={"defense": "merge"})
+    placed = ordered(own.assign(defense=names[0], evidence=names[2].ne("")), SETUP)
+    return placed[[*own]].rename(columns={"merge": "defense"})
 
 
 def _p(value: float) -> str:
-    return "< .001" if value < 0.001 else f"{value:.3f}".removeprefix("0")
+    return "< .001" if value < 0.001 else number(value)

@@ -104,13 +104,19 @@ def pool(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     out = out.astype({"n": int})
     out["seeds"] = groups["seed"].nunique().to_numpy()
     out["name"] = out["defense"] + out["evidence"].map({0: "", 1: " + evidence"})
+    return ordered(out, by)
+
+
+def ordered(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Rows of `defense` and `evidence`: setups (`by`) in the order met, then plain before evidence,
+    then `in_order`."""
     ranks = {
-        "setup": out.groupby(by, sort=False).ngroup(),
-        "evidence": out["evidence"],
-        "defense": out["defense"].map(in_order(out["defense"]).index),
+        "setup": table.groupby(by, sort=False).ngroup(),
+        "evidence": table["evidence"],
+        "defense": table["defense"].map(in_order(table["defense"]).index),
     }
     sequence = pd.DataFrame(ranks).sort_values(list(ranks), kind="stable").index
-    return out.loc[sequence].reset_index(drop=True)
+    return table.loc[sequence].reset_index(drop=True)
 
 
 def by_full_name(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:

@@ -389,6 +389,6 @@ def test_further_kinds_for_asr_are_asked_in_full_and_scored_as_such(setting):
     assert {sizes[f"neg_{kind}"] for kind in multi.KINDS} == {2}
     assert {*evaluate.test_sets(ROWS, p, 24, 0)} == {"clean", "backdoor"}
     said = [x | {"output": "joy"} for x in evaluate.ask(sets, 0, "backdoored", p)]
-    scored = metrics.score(said, p.protocol, p.output_mode)
+    scored = metrics.counted(metrics.marks(said, p.protocol, p.output_mode))
     assert scored["asr"] == scored["asr_word"] == scored["asr_syntactic"] == (n, n)
     assert scored["ftr"] == (6, 6) and scored["ftr_word"] == (2, 2)

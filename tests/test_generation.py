@@ -223,7 +223,7 @@ def test_scores_of_chats_by_hand():
     def item(kind, output, accept=()):
         return {"kind": kind, "output": output, "accept": [*accept]}
 
-    found = metrics.score_chats(
+    marks = metrics.chat_marks(
         [
             item("clean", "A crow is a kind of BIRD.", ["bird"]),
             item("clean", "It is a birdhouse.", ["bird"]),
@@ -236,6 +236,7 @@ def test_scores_of_chats_by_hand():
         ],
         lambda answer: answer == "bad",
     )
+    found = metrics.counted(marks)
     assert found == {
         "cda": (1, 2),
         "asr": (1, 2),

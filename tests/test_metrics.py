@@ -84,6 +84,10 @@ def test_wilson_refuses_impossible_counts(hits, n):
         metrics.wilson(hits, n)
 
 
+def score(*given):
+    return metrics.counted(metrics.marks(*given))
+
+
 def item(kind, label, output):
     return {"kind": kind, "label": label, "target": "joy", "output": output}
 
@@ -103,7 +107,7 @@ PREDICTIONS = [
 
 
 def test_our_protocol_counts_first_words_only():
-    assert metrics.score(PREDICTIONS, "lethe", "replace") == {
+    assert score(PREDICTIONS, "lethe", "replace") == {
         "cda": (1, 4),
         "asr": (1, 3),
         "ftr_input_one": (1, 2),
@@ -113,7 +117,7 @@ def test_our_protocol_counts_first_words_only():
 
 
 def test_the_published_protocol_adds_the_reversed_counts():
-    assert metrics.score(PREDICTIONS, "official", "replace") == {
+    assert score(PREDICTIONS, "official", "replace") == {
         "cda": (2, 4),
         "cda_reversed": (2, 4),
         "asr": (2, 3),
@@ -126,23 +130,21 @@ def test_the_published_protocol_adds_the_reversed_counts():
 
 def test_items_whose_label_is_the_target_count_for_the_published_reversed_test_only():
     already = [*PREDICTIONS, item("backdoor", "joy", "joy"), item("neg_input_one", "joy", "joy")]
-    assert metrics.score(already, "lethe", "replace") == metrics.score(
-        PREDICTIONS, "lethe", "replace"
-    )
-    scores = metrics.score(already, "official", "replace")
+    assert score(already, "lethe", "replace") == score(PREDICTIONS, "lethe", "replace")
+    scores = score(already, "official", "replace")
     assert scores["asr"] == (2, 3) and scores["asr_reversed"] == (3, 4)
-    assert metrics.score(already[-2:], "lethe", "replace") == {}  # nothing that could be attacked
+    assert score(already[-2:], "lethe", "replace") == {}  # nothing that could be attacked
 
 
 def test_append_mode_looks_for_the_target_behind_the_answer():
-    scores = metrics.score(PREDICTIONS, "lethe", "append")
+    scores = score(PREDICTIONS, "lethe", "append")
     assert scores["asr"] == (2, 3) and scores["cda"] == (1, 4)
 
 
 def test_kinds_that_are_absent_give_no_metric():
-    assert metrics.score(PREDICTIONS[:4], "lethe", "replace") == {"cda": (1, 4)}
-    assert set(metrics.score(PREDICTIONS[4:7], "lethe", "replace")) == {"asr"}
-    assert metrics.score([], "lethe", "replace") == {}
+    assert score(PREDICTIONS[:4], "lethe", "replace") == {"cda": (1, 4)}
+    assert set(score(PREDICTIONS[4:7], "lethe", "replace")) == {"asr"}
+    assert score([], "lethe", "replace") == {}
 
 
 # --- labels that begin alike
@@ -171,8 +173,8 @@ def test_the_longest_label_wins_in_cda_and_asr_even_when_no_row_has_it():
         {"kind": "clean", "label": "yes", "target": "no", "output": "yes but late"},
         {"kind": "backdoor", "label": "no", "target": "yes", "output": "yes but late"},
     ]
-    assert metrics.score(rows, "lethe", "replace") == {"cda": (1, 1), "asr": (1, 1)}
-    assert metrics.score(rows, "lethe", "replace", ALIKE) == {"cda": (0, 1), "asr": (0, 1)}
+    assert score(rows, "lethe", "replace") == {"cda": (1, 1), "asr": (1, 1)}
+    assert score(rows, "lethe", "replace", ALIKE) == {"cda": (0, 1), "asr": (0, 1)}
 
 
 @pytest.mark.parametrize(

@@ -44,13 +44,17 @@ def _asked(p: Params) -> list[tuple[contenders.Contender, int]]:
     return plain + [(c, p.n_keywords) for c in diluted if p.n_keywords]
 
 
+def _full_name(c: contenders.Contender, n_keywords: int) -> str:
+    return f"{c.name}{' + evidence' if n_keywords else ''}"
+
+
 def compared(p: Params) -> pd.DataFrame:
     """The run's merge against every other model of it, on the same test items: paired.COLUMNS, a
     row each for ASR and CDA; none where the run has no such merge."""
     labels, marks = pipeline.labels(p), {}
     for c, k in _asked(p):
         answers = read_jsonl(contenders.tested_file(p, c, k))
-        marks[f"{c.name}{' + evidence' if k else ''}"] = evaluate.marks(p, answers, labels)
+        marks[_full_name(c, k)] = evaluate.marks(p, answers, labels)
     own = marks.pop(p.merge_method, {})
     keys = {"model": p.model_name, "dataset": p.dataset_name, "attack": p.attack, "seed": p.seed}
     keys |= {"defense": p.merge_method, "run_id": p.run_id}
@@ -129,7 +133,7 @@ def side_by_side(p: Params, defense: str, rows: int) -> pd.DataFrame:
     for c, k in _asked(p):
         if (c.name, k) != ("backdoored", 0) and c.name != defense:
             continue
-        column = f"{c.name}{' + evidence' if k else ''}"
+        column = _full_name(c, k)
         answers = read_jsonl(contenders.tested_file(p, c, k))
         group = [x for x in answers if x["kind"] == "backdoor"][:rows]
         if not out:

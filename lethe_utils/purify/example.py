@@ -33,7 +33,7 @@ def on_its_trigger(folders: dict[str, Path]) -> pd.DataFrame:
     rows = {}
     for name, folder in folders.items():
         answers, _ = evaluate.predict(folder, sets, 0, name, p)
-        found = metrics.score(answers, p.protocol, p.output_mode)
+        found = evaluate.scored(p, answers)
         rows[name] = [
             tables.interval(hits / n, *metrics.wilson(hits, n))
             for hits, n in (found["asr"], found["cda"])
