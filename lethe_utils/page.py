@@ -99,8 +99,11 @@ def _write(out: Path, measured: Measured, default: tuple[str, str, str]) -> Path
     if len(adaptive):
         shown["adaptive"] = tables.defense_scores(adaptive).drop(columns=["model", "dataset"])
     if len(measured.paired):
-        alike = paired.table(measured.paired)
+        is_guided = measured.paired["defense"] == paired.GUIDED
+        alike = paired.table(measured.paired[~is_guided])
         shown["paired"] = alike.drop(columns=["model", "defense"])
+        if is_guided.any():
+            shown["guided"] = paired.tally(measured.paired, paired.GUIDED)
     canary = None
     if swept_kinds.eq(prediction.SWEEP).any():
         canary = prediction.correlation(prediction.pairs(measured.sweeps))

@@ -1,7 +1,8 @@
 """Two models on the same items: how often only one of them is right, and whether that is chance.
 
 Intervals that overlap say little of models that were asked the same questions. McNemar's exact test
-(1947) counts the items that tell them apart. A run compares its merge with every other model of it.
+(1947) counts the items that tell them apart. A run compares its merge, and a guided one, with every
+other model of it.
 """
 
 import pandas as pd
@@ -12,6 +13,8 @@ from lethe_utils.pooled import SETUP, ordered
 KEYS = [*SETUP, "seed", "defense", "against", "metric"]
 COLUMNS = [*KEYS, "better", "worse", "n", "run_id"]
 BETTER = {"asr": "lower", "cda": "higher"}  # what is better of each metric that is compared
+GUIDED = "guided"  # the defense that is compared as the merge is
+SHOWN = 0.05  # the largest p of a difference that is shown
 
 
 def counts(one: list[bool], other: list[bool], metric: str) -> dict[str, int]:
@@ -39,6 +42,42 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     Args:
         rows: COLUMNS, of one or more runs.
     """
+    out = _tested(rows)
+    out["p"] = out["p"].map(_p)
+    out["better / worse"] = out["better"].astype(str) + " / " + out["worse"].astype(str)
+    columns = [(said, metric) for metric in BETTER for said in ("better / worse", "p")]
+    lines = [*SETUP, "seeds", "defense", "against"]
+    wide = out.pivot(index=lines, columns="metric", values=["better / worse", "p"])
+    wide = wide.reindex(columns=columns).fillna("")
+    wide.columns = [f"{metric.upper()}: {said}" for said, metric in columns]
+    wide = wide.reset_index()
+    names = wide["against"].str.partition(" + ")
+    own = wide.rename(columns={"defense": "merge"})
+    placed = ordered(own.assign(defense=names[0], evidence=names[2].ne("")), [*SETUP, "merge"])
+    return placed[[*own]].rename(columns={"merge": "defense"})
+
+
+def tally(rows: pd.DataFrame, defense: str) -> pd.DataFrame:
+    """How often a defense is shown to be better than another, over the setups that have both:
+    against, setups, then for ASR and CDA `better / not shown / worse`; tested as in `table`.
+
+    Args:
+        rows: COLUMNS, of one or more runs, some of them of `defense`.
+    """
+    tested = _tested(rows[rows["defense"] == defense])
+    shown = (tested["better"] - tested["worse"]).where(tested["p"] < SHOWN, 0)
+    signs = pd.DataFrame({"better": shown > 0, "not shown": shown == 0, "worse": shown < 0})
+    keys = [tested["against"], tested["metric"]]
+    counted = signs.groupby(keys).sum().astype(str).agg(" / ".join, axis=1).unstack(fill_value="")
+    counted.columns = [f"{m.upper()}: {' / '.join(signs)}" for m in counted]
+    setups = tested.drop_duplicates([*SETUP, "against"])["against"].value_counts().astype(str)
+    counted.insert(0, "setups", setups)
+    return counted.reset_index()
+
+
+def _tested(rows: pd.DataFrame) -> pd.DataFrame:
+    """better, worse, seeds and the adjusted p of each pair of models, the items of all seeds
+    together; see `table`."""
     from scipy import stats
 
     keys = [*SETUP, "defense", "against", "metric"]
@@ -49,18 +88,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
         stats.binomtest(r.better, r.better + r.worse).pvalue if r.better + r.worse else 1.0
         for r in out.itertuples()
     ]
-    out["p"] = [_p(value) for value in stats.false_discovery_control(found)]
-    out["better / worse"] = out["better"].astype(str) + " / " + out["worse"].astype(str)
-    columns = [(said, metric) for metric in BETTER for said in ("better / worse", "p")]
-    lines = [*SETUP, "seeds", "defense", "against"]
-    wide = out.pivot(index=lines, columns="metric", values=["better / worse", "p"])
-    wide = wide.reindex(columns=columns).fillna("")
-    wide.columns = [f"{metric.upper()}: {said}" for said, metric in columns]
-    wide = wide.reset_index()
-    names = wide["against"].str.partition(" + ")
-    own = wide.rename(columns={"defense": "merge"})
-    placed = ordered(own.assign(defense=names[0], evidence=names[2].ne("")), SETUP)
-    return placed[[*own]].rename(columns={"merge": "defense"})
+    return out.assign(p=stats.false_discovery_control(found))
 
 
 def _p(value: float) -> str:

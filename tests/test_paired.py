@@ -41,3 +41,21 @@ def test_seeds_are_counted_together_and_p_is_mcnemars_adjusted():
     # order 0, .039, .125, 1: .039 * 4/2 and .125 * 4/3.
     assert table["ASR: p"].tolist() == ["< .001", ".078", "1.000"]
     assert table["CDA: p"].tolist() == [".167", "", ""]
+
+
+def test_a_defense_is_counted_over_the_setups_that_tell_it_apart():
+    rows = pd.DataFrame(
+        [
+            row("finetune", "asr", 40, 1),
+            row("finetune", "asr", 0, 30) | {"attack": "rome"},
+            row("finetune", "asr", 2, 1) | {"attack": "lwp"},
+            row("finetune", "cda", 0, 20),
+            row("clean", "cda", 20, 0),
+        ]
+    )
+    rows["defense"] = paired.GUIDED
+    other = pd.DataFrame([row("finetune", "asr", 50, 0)])  # the merge's own
+    table = paired.tally(pd.concat([rows, other]), paired.GUIDED).set_index("against")
+    asr, cda = (f"{metric}: better / not shown / worse" for metric in ("ASR", "CDA"))
+    assert table.loc["finetune"].to_dict() == {"setups": "3", asr: "1 / 1 / 1", cda: "0 / 0 / 1"}
+    assert table.loc["clean", ["setups", asr, cda]].tolist() == ["1", "", "1 / 0 / 0"]

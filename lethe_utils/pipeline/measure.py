@@ -49,20 +49,22 @@ def _full_name(c: contenders.Contender, n_keywords: int) -> str:
 
 
 def compared(p: Params) -> pd.DataFrame:
-    """The run's merge against every other model of it, on the same test items: paired.COLUMNS, a
-    row each for ASR and CDA; none where the run has no such merge."""
+    """The run's merge, and a guided one, against every other model of it, on the same test items:
+    paired.COLUMNS, a row each for ASR and CDA; none where the run has no such merge."""
     labels, marks = pipeline.labels(p), {}
     for c, k in _asked(p):
         answers = read_jsonl(contenders.tested_file(p, c, k))
         marks[_full_name(c, k)] = evaluate.marks(p, answers, labels)
-    own = marks.pop(p.merge_method, {})
     keys = {"model": p.model_name, "dataset": p.dataset_name, "attack": p.attack, "seed": p.seed}
-    keys |= {"defense": p.merge_method, "run_id": p.run_id}
     rows = [
-        keys | {"against": name, "metric": m} | paired.counts(own[m], theirs[m], m)
-        for name, theirs in marks.items()
+        keys
+        | {"defense": own, "against": name, "metric": m, "run_id": p.run_id}
+        | paired.counts(marks[own][m], marks[name][m], m)
+        for own in (p.merge_method, paired.GUIDED)
+        if own in marks
+        for name in marks
         for m in paired.BETTER
-        if m in own
+        if name != own and m in marks[own]
     ]
     return pd.DataFrame(rows, columns=paired.COLUMNS)
 
