@@ -106,7 +106,7 @@ def provenance(seconds: float) -> dict[str, Any]:
         "git_dirty": dirty,
         "versions": {p: metadata.version(p) for p in PACKAGES},
         "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{_gpu()}",
+        "machine": f"{platform.system()} {platform.machine()}, {_processor()}{_gpu()}",
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 1),
         "peak_memory_gib": round(peak_memory() / 2**30, 2),
@@ -137,6 +137,16 @@ def peak_memory() -> int:
 def _git(*words: str) -> str:
     command = ["git", "-C", str(paths.root()), *words]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def _processor() -> str:
+    """What numbers depend on: another number of threads, or other instructions, round otherwise."""
+    cores, torch = f"{os.cpu_count()} cores", sys.modules.get("torch")
+    if torch is None:
+        return cores
+    amx = " with AMX" * getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    kind = torch.backends.cpu.get_cpu_capability() + amx
+    return f"{cores} ({torch.get_num_threads()} in use, {kind})"
 
 
 def _gpu() -> str:

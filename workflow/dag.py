@@ -9,6 +9,7 @@ import argparse
 import fcntl
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -220,14 +221,13 @@ def command(cores: int, cluster: Path | None, *more: str) -> list[str | Path]:
 
 def _snakemake(runs: list[Run], words: list[str | Path], log: Path, locks: list[int]) -> bool:
     """Run the workflow with one status line. Returns True when a notebook failed."""
+    settings = {"env": environment(log), "pass_fds": locks, "start_new_session": True}
     with (log / "snakemake.log").open("w") as out:
-        process = subprocess.Popen(
-            words, stdout=out, stderr=out, env=environment(log), pass_fds=locks
-        )
+        process = subprocess.Popen(words, stdout=out, stderr=out, **settings)
         try:
             watch(process, runs)
         except KeyboardInterrupt:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGTERM)  # Snakemake alone would wait for its notebooks
             process.wait()
             raise LetheError("interrupted; run the same command again to continue") from None
     return process.returncode != 0

@@ -9,6 +9,7 @@ python workflow/run.py purify --suspect DIR --base DIR --clean-data FILE --out D
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ FOLDERS = ("LETHE_RUNS", "LETHE_DATA_DIR", "LETHE_CACHE")
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill`: as Ctrl-C
     for name in FOLDERS:
         if os.environ.get(name):  # the notebooks run in another folder
             os.environ[name] = str(Path(os.environ[name]).expanduser().resolve())
