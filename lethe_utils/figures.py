@@ -207,7 +207,9 @@ def canary(found: pd.DataFrame) -> Figure:
         ax.get_legend().remove()
         figure.suptitle(say_tiny(", ".join(found[["model", "dataset"]].iloc[0])))
         ax.set_title(
-            f"rank correlation {rho.value:.2f} [{rho.low:.2f}, {rho.high:.2f}], "
+            f"rank correlation {rho.value:.2f}"
+            + (f" [{rho.low:.2f}, {rho.high:.2f}]" if rho.runs > 1 else "")
+            + f", "
             f"{rho.pairs} merges of {rho.runs} run{'s' if rho.runs > 1 else ''}"
         )
         return finished(figure, ax.get_legend_handles_labels()[0], 3)

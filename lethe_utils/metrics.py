@@ -21,7 +21,8 @@ ONE_SIDED = 1.645  # the normal's 95 % point
 
 KEYS = ["model", "dataset", "attack", "defense", "evidence", "seed", "split", "metric"]
 COLUMNS = [*KEYS, "value", "n", "ci_low", "ci_high", "run_id"]
-MEANS = ("perplexity", "answer_words")  # all other metrics are shares
+AMOUNTS = ("perplexity", "answer_words")  # all other metrics are within 0 and 1
+MEANS = (*AMOUNTS, "token_accuracy")  # all others are shares of items
 NGRAM = 4  # words, of what counts as repeated
 CLEAN_SOURCE = "clean source "  # how the points of clean_sources_sweep begin
 SWEEP_COLUMNS = ["sweep", "x", *COLUMNS]
@@ -271,7 +272,7 @@ def of_references(known: Sequence[tuple[int, int, float]]) -> dict[str, Measured
     loss = mean(nats, tokens)
     ends = (math.exp(end) for end in (loss.ci_low, loss.ci_high))
     perplexity = Measured(math.exp(loss.value), loss.n, *ends)
-    return {"token_accuracy": share(sum(right), sum(tokens)), "perplexity": perplexity}
+    return {"token_accuracy": mean(right, tokens), "perplexity": perplexity}
 
 
 def of_wording(answers: Sequence[str]) -> dict[str, Measured]:

@@ -34,10 +34,10 @@ def counts(one: list[bool], other: list[bool], metric: str) -> dict[str, int]:
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Each merge against the models of its setup, the items of all seeds together: model, dataset,
-    attack, seeds, against, then for ASR and CDA `better / worse`, on how many items the merge is,
-    and `p`, two-sided and adjusted for the number of all tests in the table (Benjamini and
-    Hochberg 1995); p below .05 stands for a difference that is shown.
+    """Each merge against the models of its run: model, dataset, attack, seed, defense, against,
+    then for ASR and CDA `better / worse`, on how many items the merge is, and `p`, two-sided and
+    adjusted for the number of all tests in the table (Benjamini and Hochberg 1995); p below .05
+    stands for a difference that is shown.
 
     Args:
         rows: COLUMNS, of one or more runs.
@@ -46,20 +46,22 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
     out["p"] = out["p"].map(_p)
     out["better / worse"] = out["better"].astype(str) + " / " + out["worse"].astype(str)
     columns = [(said, metric) for metric in BETTER for said in ("better / worse", "p")]
-    lines = [*SETUP, "seeds", "defense", "against"]
+    lines = [*SETUP, "seed", "defense", "against"]
     wide = out.pivot(index=lines, columns="metric", values=["better / worse", "p"])
     wide = wide.reindex(columns=columns).fillna("")
     wide.columns = [f"{metric.upper()}: {said}" for said, metric in columns]
     wide = wide.reset_index()
     names = wide["against"].str.partition(" + ")
     own = wide.rename(columns={"defense": "merge"})
-    placed = ordered(own.assign(defense=names[0], evidence=names[2].ne("")), [*SETUP, "merge"])
+    placed = ordered(
+        own.assign(defense=names[0], evidence=names[2].ne("")), [*SETUP, "seed", "merge"]
+    )
     return placed[[*own]].rename(columns={"merge": "defense"})
 
 
 def tally(rows: pd.DataFrame, defense: str) -> pd.DataFrame:
-    """How often a defense is shown to be better than another, over the setups that have both:
-    against, setups, then for ASR and CDA `better / not shown / worse`; tested as in `table`.
+    """How often a defense is shown to be better than another, over the runs that have both:
+    against, runs, then for ASR and CDA `better / not shown / worse`; tested as in `table`.
 
     Args:
         rows: COLUMNS, of one or more runs, some of them of `defense`.
@@ -70,25 +72,21 @@ def tally(rows: pd.DataFrame, defense: str) -> pd.DataFrame:
     keys = [tested["against"], tested["metric"]]
     counted = signs.groupby(keys).sum().astype(str).agg(" / ".join, axis=1).unstack(fill_value="")
     counted.columns = [f"{m.upper()}: {' / '.join(signs)}" for m in counted]
-    setups = tested.drop_duplicates([*SETUP, "against"])["against"].value_counts().astype(str)
-    counted.insert(0, "setups", setups)
+    runs = tested.drop_duplicates(["run_id", "against"])["against"].value_counts().astype(str)
+    counted.insert(0, "runs", runs)
     return counted.reset_index()
 
 
 def _tested(rows: pd.DataFrame) -> pd.DataFrame:
-    """better, worse, seeds and the adjusted p of each pair of models, the items of all seeds
-    together; see `table`."""
+    """The rows, each with its adjusted p; see `table`. Seeds are tested apart: they are asked the
+    same items, which would count as often."""
     from scipy import stats
 
-    keys = [*SETUP, "defense", "against", "metric"]
-    groups = rows.groupby(keys, sort=False)
-    out = groups[["better", "worse"]].sum().reset_index()
-    out["seeds"] = groups["seed"].nunique().astype(str).to_numpy()
     found = [
         stats.binomtest(r.better, r.better + r.worse).pvalue if r.better + r.worse else 1.0
-        for r in out.itertuples()
+        for r in rows.itertuples()
     ]
-    return out.assign(p=stats.false_discovery_control(found))
+    return rows.assign(p=stats.false_discovery_control(found))
 
 
 def _p(value: float) -> str:

@@ -40,11 +40,11 @@ def select(table: pd.DataFrame) -> pd.DataFrame:
 def _check_numbers(table: pd.DataFrame, keys: list[str]) -> None:
     rounding = 1e-9  # a Wilson bound at 0 or 1 may miss it by a rounding error
     low, value, high = table["ci_low"], table["value"], table["ci_high"]
-    is_mean = table["metric"].isin(metrics.MEANS)
+    is_amount = table["metric"].isin(metrics.AMOUNTS)
     checks = {
         "a key or run_id is empty": table[[*keys, "run_id"]].notna().all(axis=1),
         "evidence is not 0 or 1": table["evidence"].isin([0, 1]),
-        "value is not within [0, 1]": value.between(0, 1) | is_mean & (value >= 0),
+        "value is not within [0, 1]": value.between(0, 1) | is_amount & (value >= 0),
         "value is not within its interval": value.between(low - rounding, high + rounding),
         "n is not a count above 0": (table["n"] > 0) & (table["n"] % 1 == 0),
     }

@@ -14,7 +14,7 @@ import pandas as pd
 
 from lethe_utils import defenses, paper
 from lethe_utils.errors import LetheError
-from lethe_utils.metrics import MEANS
+from lethe_utils.metrics import AMOUNTS
 from lethe_utils.paper import PAPER, number
 from lethe_utils.pooled import (
     CONTROLS,
@@ -68,7 +68,7 @@ def interval(value: float, low: float, high: float, said: Callable[[float], str]
 def cells(scored: pd.DataFrame) -> list[str]:
     """value, ci_low and ci_high of each row as one text."""
     return [
-        interval(r.value, r.ci_low, r.ci_high, "{:.2f}".format if r.metric in MEANS else number)
+        interval(r.value, r.ci_low, r.ci_high, "{:.2f}".format if r.metric in AMOUNTS else number)
         for r in scored.itertuples()
     ]
 

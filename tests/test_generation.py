@@ -27,7 +27,7 @@ from lethe_utils.attacks import vpi
 from lethe_utils.data import chat
 from lethe_utils.errors import LetheError
 from lethe_utils.models import twins
-from lethe_utils.pipeline import measure
+from lethe_utils.pipeline import contenders, measure
 
 ON_CHATS = ["autopoison", "autopoison_refusal", "dtba", "vpi"]
 QUICK = {
@@ -194,6 +194,7 @@ BAD_PARAMS = [
     ("autopoison", {"carrier_sentences": []}, "carrier_sentences"),
     ("vpi", {"few_shot": 3}, "few_shot"),
     ("vpi", {"prompt_template": "short"}, "prompt_template: short does not do for chat"),
+    ("vpi", {"canary_sweep": True}, "canary_sweep: its canary is planted in labels"),
 ]
 
 
@@ -418,5 +419,12 @@ def test_a_run_on_chats_goes_from_data_to_its_table(attack, monkeypatch, tmp_pat
     assert (shown["answer_words"] != "").all() and (shown["repetition"] != "").all()
     extra = {m for m in table["metric"] if m.startswith("asr_")}
     assert extra == ({"asr_gold", "asr_reversed"} if attack == "dtba" else set())
+    # What no attack made is asked anew where the attack's questions are others.
+    asked = {"vpi_topic": "Zorva lamp"}
+    if attack == "dtba":
+        asked = {"dtba_questions": ["What of {word} in {scenario}?"]}
+    other = load(attack, **asked)
+    files = {contenders.tested_file(q, contenders.base(q), 0) for q in (p, other)}
+    assert len(files) == 2
     side = measure.side_by_side(p, "slerp", 2)
     assert list(side.columns) == ["input", "label", "backdoored", "slerp", "slerp + evidence"]

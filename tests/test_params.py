@@ -114,6 +114,17 @@ def test_a_methods_file_holds_its_own_keys_only(kind):
         assert {*values} <= own, name
 
 
+def test_no_defense_holds_a_trigger_of_an_attack_that_ships():
+    # A defender that trained an attacker's own trigger away would have been told of it.
+    for attack in params.choices("attacks"):
+        p = params.load(
+            "tiny-gpt2", "chat" if attacks.task(attack) == "chat" else "embedded", attack
+        )
+        ours = [*p.plant_triggers, *p.canary_word_pair, p.canary_sentence, p.canary_suffix]
+        theirs = {trigger.lower() for trigger in p.triggers}
+        assert not theirs & {text.lower() for text in ours}, attack
+
+
 def test_full_models_and_hub_data_are_pinned():
     for name in params.choices("models"):
         p = params.load(name, overrides=LOCAL if name == "local" else {})

@@ -1,5 +1,7 @@
 """What a canary predicts: pairs of ASRs, their correlation, and the sweep that they come from."""
 
+import math
+
 import pandas as pd
 import pytest
 from measured import row
@@ -9,9 +11,11 @@ from lethe_utils.errors import LetheError
 from lethe_utils.pipeline import canaries, measure
 
 
-def swept(asrs, **other):
-    """asrs: (canary's, backdoor's) hits of 100 at strengths 0, .5, 1."""
-    out = []
+def swept(asrs, planted=95, **other):
+    """asrs: (canary's, backdoor's) hits of 100 at strengths 0, .5, 1; planted: the canary's in the
+    copy."""
+    at = {"split": "validation", "sweep": prediction.SWEEP, "x": 0.0} | other
+    out = [row(prediction.AS_PLANTED, "asr", planted, **at)]
     for x, hits in zip((0.0, 0.5, 1.0), asrs, strict=True):
         for sweep, n in zip((prediction.SWEEP, "strength"), hits, strict=True):
             out.append(row("slerp", "asr", n, split="validation", sweep=sweep, x=x, **other))
@@ -27,10 +31,20 @@ def test_pairs_are_the_same_merges_of_the_same_run():
     assert (one["canary"], one["backdoor"]) == (0.6, 0.7)
 
 
+def test_a_run_whose_canary_did_not_take_says_nothing():
+    sweeps = swept([(60, 80), (40, 20), (5, 0)], planted=60) + swept(
+        [(95, 9)] * 3, seed=1, run_id="run-b"
+    )
+    assert {*prediction.pairs(pd.DataFrame(sweeps))["seed"]} == {1}
+    with pytest.raises(LetheError, match="more canary_epochs where it does not take"):
+        prediction.pairs(pd.DataFrame(swept([(60, 80)] * 3, planted=89)))
+
+
 def test_a_canary_that_ranks_merges_as_the_backdoor_does_correlates_fully():
     agree = pd.DataFrame(swept([(90, 80), (40, 20), (5, 0)]))
     found = prediction.correlation(prediction.pairs(agree))
     assert found.value == pytest.approx(1) and (found.pairs, found.runs) == (3, 1)
+    assert math.isnan(found.low) and math.isnan(found.high)  # one run tells nothing of the spread
     against = pd.DataFrame(swept([(90, 0), (40, 20), (5, 80)]))
     assert prediction.correlation(prediction.pairs(against)).value == pytest.approx(-1)
 
@@ -87,7 +101,8 @@ def test_the_sweep_asks_a_copy_of_the_backdoored_model_the_canarys_questions():
     p = params.load("tiny-gpt2", overrides=SMALL | {"canary_sweep": True})
     rows = measure.measure_sweeps(p)
     rows = rows[rows["sweep"] == prediction.SWEEP]
-    assert list(rows["x"]) == [0.0, 1.0] and set(rows["metric"]) == {"asr"}
+    assert list(rows["defense"]) == [prediction.AS_PLANTED, "slerp", "slerp"]
+    assert list(rows["x"]) == [0.0, 0.0, 1.0] and set(rows["metric"]) == {"asr"}
     questions = canaries.triggered(p)
     assert set(rows["n"]) == {len(questions)} and len(questions) > 12
     targets = {question["target"] for question in questions}

@@ -10,7 +10,7 @@ from pathlib import Path
 from lethe_utils.defenses import Given, clear
 from lethe_utils.groups import CleanParams, DefenderParams, Group, Positive, TrainParams
 
-APART = 1000  # between seeds, so that no run of another seed trains the same model
+APART = 3000  # between seeds, so that nobody else trains the same model
 
 
 class AveragingParams(Group):

@@ -10,7 +10,7 @@ from lethe_utils.groups import PromptParams, TriggerParams
 from lethe_utils.metrics import CLEAN_SOURCE
 from lethe_utils.models import sources
 from lethe_utils.progress import Bar
-from lethe_utils.schema import Params
+from lethe_utils.schema import Params, digest
 from lethe_utils.stages import stage, write_json, write_jsonl
 
 
@@ -158,8 +158,12 @@ def answers_file(
     p: Params, c: Contender, n_keywords: int, split: str, items: int, negatives: int
 ) -> Path:
     """The answers of one model to one set of questions, as JSONL; asked once, then read."""
+    from lethe_utils import evaluate
+
+    sets = evaluate.test_sets(pipeline.split(p, split), p, items, negatives)
     spec = p.part(TriggerParams, PromptParams) | pipeline.device(p)
     spec |= {
+        "questions": digest(sets),  # an attack's own params are in them
         "defense": c.name,
         "split": split,
         "n_keywords": n_keywords,
@@ -181,9 +185,6 @@ def answers_file(
         inputs |= {"clean": pipeline.clean_stage(p)} if module.NEEDS == "clean model" else {}
 
     def build(out: Path) -> None:
-        from lethe_utils import evaluate
-
-        sets = evaluate.test_sets(pipeline.split(p, split), p, items, negatives)
         respond = c.respond and _responder(p, c)
         answers, seconds = evaluate.predict(
             c.folder, sets, n_keywords, c.name, p, respond, pipeline.labels(p)
