@@ -86,9 +86,7 @@ def costs(p: Params) -> pd.DataFrame:
         asked = read_record(file.parent)
         decodes = c.respond is not None
         made = None if decodes or c.name == "backdoored" else read_record(c.folder.parent)
-        trainings = int(c.name == "clean")
-        if c.defense:
-            trainings = defenses.trainings(c.defense, c.name, p)
+        curves = [*c.folder.parent.glob("*loss.csv")] if made else []
         line = {
             "model": p.model_name,
             "dataset": p.dataset_name,
@@ -96,7 +94,7 @@ def costs(p: Params) -> pd.DataFrame:
             "seed": p.seed,
             "defense": c.name,
             "acts": "while decoding" if decodes else "on weights",
-            "trainings": trainings,
+            "trainings": len(curves),
             "optimizer_steps": pipeline.optimizer_steps(c.folder.parent) if made else 0,
             "seconds": made["seconds"] if made else 0.0,
             "peak_memory_gib": (made or asked)["peak_memory_gib"],
