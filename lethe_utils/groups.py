@@ -180,6 +180,7 @@ class CleanParams(Group):
     clean_source: Key  # train, base (see clean_data.written), or another data set
     clean_wrong_labels: Ratio  # share of the defender's rows that have another label than theirs
     clean_evidence_share: Ratio  # share of the clean model's training prompts that carry evidence
+    clean_seed: Positive | None  # how the clean model's LoRA starts; null: as the attacker's does
 
 
 class CanaryParams(Group):
@@ -220,6 +221,7 @@ class SweepParams(Group):
     clean_sources_sweep: list[Literal["train", "base", "embedded", "emotion", "sst2"]]
     clean_wrong_labels_sweep: list[Ratio]
     clean_evidence_sweep: list[Ratio]  # values of clean_evidence_share
+    clean_seeds_sweep: list[Positive]  # beside the run's own
     sweep_items: Positive
 
 

@@ -92,6 +92,8 @@ def _write(out: Path, measured: Measured, default: tuple[str, str, str]) -> Path
         shown["evidence_forms"] = sweep_tables.evidence_table(measured.sweeps).drop(columns="model")
     if swept_kinds.str.startswith(CLEAN_SOURCE).any():
         shown["clean_sources"] = sweep_tables.clean_source_table(measured.sweeps)
+    if swept_kinds.eq("clean_seed").any():
+        shown["clean_seeds"] = sweep_tables.clean_seed_table(measured.sweeps).drop(columns="model")
     if len(chats):
         shown["chats"] = generation.chat_table(chats).drop(columns=["model", "dataset"])
     if len(alarm):

@@ -1,5 +1,5 @@
-"""Tables of the sweeps whose points are no numbers: forms of evidence, sources of clean rows. Cells
-are as in tables.py, on validation rows."""
+"""Tables of the sweeps whose points are no numbers: forms of evidence, sources of clean rows,
+seeds. Cells are as in tables.py, on validation rows."""
 
 import pandas as pd
 
@@ -41,6 +41,23 @@ def clean_source_table(sweeps: pd.DataFrame) -> pd.DataFrame:
     scored = _scored(rows)
     source = scored["sweep"].str.removeprefix(CLEAN_SOURCE)
     return _lines(scored.assign(**{"clean rows": source.replace(SOURCES)}), "clean rows")
+
+
+def clean_seed_table(sweeps: pd.DataFrame) -> pd.DataFrame:
+    """What it does that attacker and defender start their LoRAs alike: model, dataset, attack,
+    seeds, clean model's LoRA, then ASR and CDA of the clean model and of each merge.
+
+    Raises:
+        LetheError: it was not measured (clean_seeds_sweep).
+    """
+    rows = sweeps[sweeps["sweep"] == "clean_seed"]
+    if rows.empty:
+        raise LetheError("sweeps table: no seeds of clean models; list some in clean_seeds_sweep")
+    scored = _scored(rows)
+    start = ("starts apart, seed " + scored["x"].map("{:g}".format)).where(
+        scored["x"] > 0, "starts as the attacker's"
+    )
+    return _lines(scored.assign(**{"clean model's LoRA": start}), "clean model's LoRA")
 
 
 def _scored(sweeps: pd.DataFrame) -> pd.DataFrame:

@@ -154,6 +154,18 @@ def test_a_share_of_the_clean_rows_is_taught_with_evidence(monkeypatch):
     assert pipeline.clean_rows(folders[1]) == pipeline.clean_rows(folders[0])
 
 
+def test_a_clean_model_of_another_seed_is_taught_the_same_rows(monkeypatch):
+    taught = []
+    monkeypatch.setattr(
+        "lethe_utils.train.finetune", lambda _, rows, __, ___, q: taught.append((rows, q.seed))
+    )
+    plain = params.load(overrides=SMALL)
+    other = contenders.changed(plain, clean_seed=7)
+    assert pipeline.clean_stage(plain) != pipeline.clean_stage(other)
+    (rows, seed), (again, another) = taught
+    assert rows == again and (seed, another) == (plain.seed, 7)
+
+
 def test_a_share_of_the_clean_rows_has_another_label():
     p = params.load(overrides={"clean_wrong_labels": 0.1})
     known = ["joy", "anger", "fear"]
@@ -232,6 +244,7 @@ def test_every_sweep_changes_what_it_says_and_nothing_else():
             "clean_evidence_sweep": [0.5],
             "clean_wrong_labels_sweep": [0.1],
             "clean_sources_sweep": ["base"],
+            "clean_seeds_sweep": [7],
             "merge_methods": ["linear", "slerp"],
         }
     )
@@ -249,6 +262,8 @@ def test_every_sweep_changes_what_it_says_and_nothing_else():
         *[("evidence none", 0, model, 0, {}) for model in three],
         *[("evidence before", 5, model, 5, {"evidence_form": "before"}) for model in three],
         *[("clean_evidence", 0.5, model, 5, {"clean_evidence_share": 0.5}) for model in three[1:]],
+        *[("clean_seed", 0, model, 0, {}) for model in ("clean", "linear", "slerp")],
+        *[("clean_seed", 7, model, 0, {"clean_seed": 7}) for model in ("clean", "linear", "slerp")],
     ]
 
 

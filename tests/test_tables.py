@@ -384,3 +384,18 @@ def test_clean_rows_from_elsewhere_stand_side_by_side():
 
 def test_every_form_has_a_name_that_a_reader_understands():
     assert [*evidence.FORMS] == ["none", *get_args(evidence.Form)]
+
+
+def test_a_clean_model_that_starts_apart_stands_below_the_one_that_does_not():
+    point = {"sweep": "clean_seed", "split": "validation"}
+    rows = [
+        row(model, "asr", hits, x=x, **point)
+        for x, asrs in ((0.0, (5, 20)), (7.0, (4, 40)))
+        for model, hits in zip(("clean", "linear"), asrs, strict=True)
+    ]
+    shown = sweep_tables.clean_seed_table(frame(*rows))
+    starts = ["starts as the attacker's", "starts apart, seed 7"]
+    assert shown["clean model's LoRA"].tolist() == starts
+    assert [cell[:4] for cell in shown["linear ASR"]] == [".200", ".400"]
+    with pytest.raises(LetheError, match="clean_seeds_sweep"):
+        sweep_tables.clean_seed_table(frame(row("linear", "asr", 5, sweep="strength", x=0.5)))

@@ -286,14 +286,14 @@ def clean_stage(p: Params) -> Path:
         chosen = clean_data.mislabelled(drawn, labels(p), p)
         write_jsonl(out / "clean.jsonl", chosen)
         taught = clean_data.with_evidence(chosen, p)
-        train.finetune(base_folder(p), taught, p.clean_epochs, out, p)
+        q = p.model_copy(update={"seed": p.clean_seed or p.seed})
+        train.finetune(base_folder(p), taught, p.clean_epochs, out, q)
 
     spec = p.part(TrainParams, PromptParams) | device(p)
     spec |= {"clean_ratio": p.clean_ratio, "clean_epochs": p.clean_epochs}
     if p.clean_source != "train":
         inputs |= {"rows": source}
-    if p.clean_wrong_labels:
-        spec |= {"clean_wrong_labels": p.clean_wrong_labels}
+    spec |= {k: x for k in ("clean_wrong_labels", "clean_seed") if (x := getattr(p, k))}
     if p.clean_evidence_share:
         keys = ("clean_evidence_share", "n_keywords", "evidence_form")
         spec |= {key: getattr(p, key) for key in keys} | {"wordnet": wordnet.fingerprint()}

@@ -105,8 +105,9 @@ WITHOUT_DILUTION = {"backdoored": backdoored, "clean": clean}
 
 
 def sweep_points(p: Params) -> list[SweepPoint]:
-    """Every point of the sweeps: strength (of each merge method), keywords, clean_ratio, and those
-    of other clean rows (the clean model alone, too) and of evidence (all controls)."""
+    """Every point of the sweeps: strength (of each merge method), keywords, clean_ratio, those of
+    other clean rows (the clean model alone, too), of evidence (all controls), and of clean_seed
+    (each merge method; 0 is the run's own seed)."""
     method, k = p.merge_method, p.n_keywords
     points = [
         SweepPoint("strength", x, m, changed(p, strength=x))
@@ -140,6 +141,12 @@ def sweep_points(p: Params) -> list[SweepPoint]:
         SweepPoint("clean_evidence", x, model, changed(p, clean_evidence_share=x), k)
         for x in p.clean_evidence_sweep
         for model in compared[1:]
+    ]
+    points += [
+        SweepPoint("clean_seed", x, model, changed(p, clean_seed=x or None))
+        for x in (0, *p.clean_seeds_sweep)
+        if p.clean_seeds_sweep
+        for model in ("clean", *p.merge_methods)
     ]
     return points
 
