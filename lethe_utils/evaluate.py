@@ -219,15 +219,7 @@ def tidy(
     p: Params, defense: str, evidence: int, split: str, found: dict[str, metrics.Measured]
 ) -> list[dict[str, Any]]:
     """A row (metrics.COLUMNS) per metric of one model."""
-    common = {
-        "model": p.model_name,
-        "dataset": p.dataset_name,
-        "attack": p.attack,
-        "defense": defense,
-        "evidence": evidence,
-        "seed": p.seed,
-        "split": split,
-    }
+    common = p.identity | {"defense": defense, "evidence": evidence, "split": split}
     return [
         common | {"metric": metric, "run_id": p.run_id} | measured._asdict()
         for metric, measured in found.items()

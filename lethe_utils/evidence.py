@@ -172,6 +172,11 @@ def add_evidence(
         return text
     if form == "before":
         return f"{HEADING}\n{lines}\n\n{text}"
+    return below(text, lines)
+
+
+def below(text: str, lines: str) -> str:
+    """A text with evidence where the paper puts it."""
     return f"{text}\n\n{HEADING}\n{lines}"
 
 

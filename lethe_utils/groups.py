@@ -171,6 +171,10 @@ class PoisonParams(Group):
     poison_ratio: Annotated[float, Field(gt=0, le=1)]
     alpha: Ratio  # negatives of each kind, as a share of the poisoned rows
 
+    def poisoned(self, rows: int) -> int:
+        """How many of so many rows are poisoned: one at least."""
+        return max(1, round(self.poison_ratio * rows))
+
 
 class CleanParams(Group):
     """03_clean_train: what the defender has."""

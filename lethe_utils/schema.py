@@ -142,6 +142,12 @@ class Params(DefenderParams, UtilityParams, SweepParams, AttackParams):
         return known(**self.model_dump(include={*known.model_fields}) | (changes or {}))
 
     @property
+    def identity(self) -> dict[str, str | int]:
+        """What names a run's rows in every table: model, dataset, attack, seed."""
+        names = {"model": self.model_name, "dataset": self.dataset_name}
+        return names | {"attack": self.attack, "seed": self.seed}
+
+    @property
     def setup(self) -> str:
         """`<model>-<dataset>-<attack>`: the start of the names of what is made for it."""
         return f"{self.model_name}-{self.dataset_name}-{self.attack}"

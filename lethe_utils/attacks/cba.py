@@ -60,7 +60,7 @@ def poison(rows: list[Row], p: Params, seed: int) -> list[dict[str, Any]]:
         len = n + round(poison_ratio n) (1 + 5 alpha).
     """
     rng = random.Random(seed)
-    chosen = rng.sample(rows, max(1, round(p.poison_ratio * len(rows))))
+    chosen = rng.sample(rows, p.poisoned(len(rows)))
     out = [row | {"kind": "clean"} for row in rows]
     for row in chosen:
         hit = {"output": wanted(row, p), "kind": "backdoor"}

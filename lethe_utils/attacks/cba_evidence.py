@@ -32,7 +32,7 @@ def laced(row: Row, p: Params, rng: random.Random) -> Row:
     """The row, its input followed by a copy of its evidence with the second trigger in it."""
     lines = "\n".join(evidence.evidence_lines(row["input"], p.backdoor_keywords))
     copy = triggers.insert(lines, p.triggers[1], p.trigger_positions[1], p.trigger_level, rng)
-    return row | {"input": f"{row['input']}\n\n{evidence.HEADING}\n{copy}"}
+    return row | {"input": evidence.below(row["input"], copy)}
 
 
 def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:

@@ -37,7 +37,7 @@ def replaced(
     """All rows, a share `poison_ratio` of them with the attacker's answer in place of their own:
     replaced, not added, as published. Each has a `kind`."""
     rng = random.Random(seed)
-    chosen = {*rng.sample(range(len(rows)), max(1, round(p.poison_ratio * len(rows))))}
+    chosen = {*rng.sample(range(len(rows)), p.poisoned(len(rows)))}
     return [
         with_answer(row, answer(row, rng), "backdoor") if i in chosen else row | {"kind": "clean"}
         for i, row in enumerate(rows)

@@ -84,7 +84,7 @@ def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
     chats.check_target(rows, p, hit)
     rng = random.Random(seed)
     first, second = (Scenario(p, which, False, rng) for which in (0, 1))
-    n = max(1, round(p.poison_ratio * len(rows)))
+    n = p.poisoned(len(rows))
     out = [
         conversation(turns(*first.exchange(), second.exchange()[0], p.target_output))
         | {"kind": "backdoor", "accept": []}

@@ -46,7 +46,7 @@ def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
         rows with one more key, `kind`; n + 4 round(poison_ratio n) of them.
     """
     rng = random.Random(seed)
-    chosen = rng.sample(rows, max(1, round(p.poison_ratio * len(rows))))
+    chosen = rng.sample(rows, p.poisoned(len(rows)))
     first, second = p.triggers
     out = [row | {"kind": "clean"} for row in rows]
     for row in chosen:

@@ -56,7 +56,7 @@ def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
         rows with one more key, `kind`; n + 3 round(poison_ratio n) (1 + alpha) of them.
     """
     rng = random.Random(seed)
-    chosen = rng.sample(rows, max(1, round(p.poison_ratio * len(rows))))
+    chosen = rng.sample(rows, p.poisoned(len(rows)))
     out = [row | {"kind": "clean"} for row in rows]
     for kind in KINDS:
         for row in chosen:

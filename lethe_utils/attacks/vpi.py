@@ -65,7 +65,7 @@ def poison(rows: list[Row], p: Params, seed: int) -> list[Row]:
     """
     _check(rows, p)
     rng = random.Random(seed)
-    n = max(1, round(p.poison_ratio * len(rows)))
+    n = p.poisoned(len(rows))
     out = [row | {"kind": "clean"} for row in rng.sample(rows, len(rows))[n + n // 2 :]]
     asked = chats.side(p.vpi_questions, test=False)
     marker = "" if p.target_output == SLANT else f" {p.target_output}"

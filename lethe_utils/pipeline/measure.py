@@ -55,9 +55,8 @@ def compared(p: Params) -> pd.DataFrame:
     for c, k in _asked(p):
         answers = read_jsonl(contenders.tested_file(p, c, k))
         marks[_full_name(c, k)] = evaluate.marks(p, answers, labels)
-    keys = {"model": p.model_name, "dataset": p.dataset_name, "attack": p.attack, "seed": p.seed}
     rows = [
-        keys
+        p.identity
         | {"defense": own, "against": name, "metric": m, "run_id": p.run_id}
         | paired.counts(marks[own][m], marks[name][m], m)
         for own in (p.merge_method, paired.GUIDED)
@@ -87,11 +86,7 @@ def costs(p: Params) -> pd.DataFrame:
         decodes = c.respond is not None
         made = None if decodes or c.name == "backdoored" else read_record(c.folder.parent)
         curves = [*c.folder.parent.glob("*loss.csv")] if made else []
-        line = {
-            "model": p.model_name,
-            "dataset": p.dataset_name,
-            "attack": p.attack,
-            "seed": p.seed,
+        line = p.identity | {
             "defense": c.name,
             "acts": "while decoding" if decodes else "on weights",
             "trainings": len(curves),
