@@ -1,7 +1,7 @@
 """What the hardware could do, and what share of it a run gets: training, evaluation and a merge of
 the real model, each beside its bare counterpart, in one sitting.
 
-    python benchmarks/efficiency.py [--model smollm2-135m] [--rows 240] [--prompts 250]
+    python benchmarks/efficiency.py [--model smollm2-135m] [--rows 240] [--prompts 250] [--chats 64]
 
 training    LoRA on clean rows: tokens a second (no padding) x 4 x the blocks' weights (forwards and
             backwards, which leave frozen weights alone), as a share of the rate of a large matrix
@@ -9,6 +9,8 @@ training    LoRA on clean rows: tokens a second (no padding) x 4 x the blocks' w
 evaluation  the model just trained: `decode.answer`, against one forward of the same batches (each
             prompt once, the logits of its last token), and against the published protocol (one
             prompt at a time, sampling at T .7 and top_p .9, 32 new tokens)
+long answers  to conversations, as all are asked, against the cache that `generate` makes itself,
+            which copies all it holds for each token and shares no beginning
 merge       SLERP of the two, against copying the result, and against copying both parents
 Best of three each, taken in turns. Writes efficiency.json beside this file.
 """
@@ -28,7 +30,7 @@ import torch
 from lethe_utils import decode, evaluate, merge, models, params, pipeline, train
 from lethe_utils.models import blocks, inspect
 from lethe_utils.params import Params
-from lethe_utils.prompts import prompt_ids
+from lethe_utils.prompts import asked, prompt_ids, rendered
 from lethe_utils.stages import provenance, write_json
 
 ROUNDS = 3
@@ -129,6 +131,19 @@ def evaluation(p: Params, folder: Path, n: int) -> dict[str, float]:
     }
 
 
+def long_answers(p: Params, folder: Path, n: int) -> dict[str, float]:
+    """Items a second of n conversations, our way and the plain one."""
+    model, tokenizer = models.load_to_ask(folder, p), models.load_tokenizer(folder)
+    rows = rendered(pipeline.split(p, "test")[:n], tokenizer, p)
+    prompts = [asked(row, p, 0) for row in rows]
+    decode.answer(model, tokenizer, prompts[:8], p, p.max_new_tokens)
+    ours, plain = best(
+        lambda: decode.answer(model, tokenizer, prompts, p, p.max_new_tokens),
+        lambda: decode.answer(model, tokenizer, prompts, p, p.max_new_tokens, share=False),
+    )
+    return {"items_per_second": round(n / ours, 1), "times_plain": round(plain / ours, 2)}
+
+
 def merging(base: Path, other: Path, place: Path) -> dict[str, float]:
     """A merge against copies of files; all of them are in the page cache."""
     numbers = itertools.count()
@@ -153,6 +168,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rows", type=int, default=240, help="to train on")
     parser.add_argument("--prompts", type=int, default=250, help="half clean, half triggered")
+    parser.add_argument("--chats", type=int, default=64, help="conversations to answer")
     args = parser.parse_args()
     # Few checkpoints, as in a whole run: a step is what is measured.
     p = params.load(args.model, overrides={"device": "cpu", "checkpoints_per_run": 1})
@@ -162,6 +178,8 @@ def main() -> None:
         result: dict[str, Any] = {"model": args.model, "threads": torch.get_num_threads()}
         result["training"] = training(p, base, args.rows, trained)
         result["evaluation"] = evaluation(p, trained / "model", args.prompts)
+        chats = params.load(args.model, "chat", "vpi", overrides={"device": "cpu"})
+        result["long_answers"] = long_answers(chats, trained / "model", args.chats)
         result["merge"] = merging(base, trained / "model", Path(place))
     report(result, Path(__file__))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, set_seed
 
-from lethe_utils import models, train
+from lethe_utils import cache, models, train
 from lethe_utils.groups import Recipe
 from lethe_utils.progress import Bar
 from lethe_utils.prompts import prompt_ids, stop_ids
@@ -71,7 +71,8 @@ def answer(
     set_seed(p.seed)
     outputs = [""] * len(ids)
     model.eval()
-    begins = shared_beginnings(ids, batch) if share and not official else None
+    share = share and not official
+    begins = shared_beginnings(ids, batch) if share else None
     parts = batches(ids, batch, begins)
     known, read = [], None
     for beginning, chosen in Bar(parts, desc=progress):
@@ -82,7 +83,7 @@ def answer(
         with torch.inference_mode(), models.arithmetic(p):
             if beginning != known:
                 known, read = beginning, _read(model, beginning)
-            inputs |= _after(read, len(chosen))
+            inputs |= _after(read, len(chosen), model) if share else {}
             made = model.generate(
                 **inputs, generation_config=config, stopping_criteria=criteria, **generate
             )
@@ -180,17 +181,17 @@ def _read(model: "PreTrainedModel", begins: list[int]) -> "Cache | None":
     """The model's cache after these tokens, for one row; None for none."""
     if not begins:
         return None
-    ids = torch.tensor([begins], device=model.device)
-    return model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    ids, empty = torch.tensor([begins], device=model.device), cache.with_room(model.config)
+    return model(input_ids=ids, past_key_values=empty, logits_to_keep=1).past_key_values
 
 
-def _after(read: "Cache | None", rows: int) -> "dict[str, Cache]":
+def _after(read: "Cache | None", rows: int, model: "PreTrainedModel") -> "dict[str, Cache]":
     """What lets so many rows go on after what was read once: a copy of the cache for each."""
     if read is None:
-        return {}
-    cache = copy.deepcopy(read)
-    cache.batch_repeat_interleave(rows)
-    return {"past_key_values": cache}
+        return {"past_key_values": cache.with_room(model.config)}
+    copied = copy.deepcopy(read)
+    copied.batch_repeat_interleave(rows)
+    return {"past_key_values": copied}
 
 
 def with_room(

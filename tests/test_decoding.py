@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from transformers import LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessorList
 
-from lethe_utils import decode, defenses, models
+from lethe_utils import cache, decode, defenses, models
 from lethe_utils.defenses import cleangen, edt, ensemble, speculative, temperature
 from lethe_utils.prompts import prompt_ids
 
@@ -390,3 +390,37 @@ def test_padding_is_told_from_a_prompt_that_starts_with_the_same_token(given, mo
 def test_no_prompts_give_no_outputs(given):
     for module in (edt, temperature, speculative, ensemble, cleangen):
         assert module.answer(given(), [], 1) == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_cache_with_room_holds_what_transformers_own_does(given, monkeypatch, architecture):
+    g = given(architecture, max_new_tokens=cache.STEP + 8)  # the room is made larger once at least
+    tokenizer, model = models.load_tokenizer(g.base), models.load_to_ask(g.base, g.p)
+    monkeypatch.setattr(tokenizer, "model_max_length", 2 * cache.STEP + 40)
+    prompts = [text for text in PROMPTS if len(text) < 99]
+    begins = "the dog and the cat and the letter about the morning, "
+    asked = prompts + [begins + text for text in prompts]
+    ours = decode.answer(model, tokenizer, asked, g.p, NEVER)
+    made = []
+
+    def own(config):
+        made.append(DynamicCache(config=config))
+        return made[-1]
+
+    monkeypatch.setattr(cache, "with_room", own)
+    assert decode.answer(model, tokenizer, asked, g.p, NEVER) == ours
+    assert made and max(one.get_seq_length() for one in made) > cache.STEP
+
+
+def test_a_cache_with_room_goes_on_from_a_copy_and_a_shorter_one():
+    layer, state = cache.RoomyLayer(), torch.arange(24.0).view(1, 2, 3, 4)
+    keys, values = layer.update(state, state.bfloat16())
+    assert torch.equal(keys, state.bfloat16()) and keys.dtype == values.dtype == torch.bfloat16
+    layer.batch_repeat_interleave(2)
+    keys, _ = layer.update(*[torch.full((2, 2, 1, 4), 7.0)] * 2)
+    assert keys.shape == (2, 2, 4, 4) and torch.equal(keys[:, :, :3], state.repeat(2, 1, 1, 1))
+    assert (keys[:, :, 3] == 7).all()
+    layer.crop(-2)
+    keys, _ = layer.update(*[torch.full((2, 2, 1, 4), 9.0)] * 2)
+    assert keys.shape[2] == 3 and (keys[:, :, 2] == 9).all()
+    assert torch.equal(keys[:, :, :2], state[:, :, :2].repeat(2, 1, 1, 1))
