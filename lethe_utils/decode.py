@@ -1,8 +1,8 @@
 """Asking a model: prompts in, what it writes out.
 
 Batched, sorted by length, greedy, and stopped as soon as the label is written; the words that many
-prompts begin with are read once. The published protocol (one prompt at a time, sampling, no early
-stop) is kept as `protocol: official`.
+prompts begin with are read once, and who has come to the end of a long answer leaves the batch. The
+published protocol (one prompt at a time, sampling, no early stop) is kept as `protocol: official`.
 """
 
 import copy
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings", bound=Recipe)
 LONG = 256  # tokens; eval_batch_size is for prompts of up to so many
+ROUND = 16  # tokens that a batch writes before those who are done leave it
 SHARED_STEP = 8  # a beginning that is read once has so many tokens, or a multiple
 SPARE_TOKENS = 4  # a model may write a label in more pieces than the tokenizer does, and ends it
 OFFICIAL_BATCH, OFFICIAL_TOKENS, OFFICIAL_SAMPLING = 1, 32, {"temperature": 0.7, "top_p": 0.9}
@@ -78,16 +79,17 @@ def answer(
     for beginning, chosen in Bar(parts, desc=progress):
         inputs = _padded(tokenizer, [ids[i] for i in chosen], len(beginning), model.device)
         width = inputs["input_ids"].shape[1]
-        stop = StopAtLabel(tokenizer, width, n_words)
-        criteria = None if official else StoppingCriteriaList([stop])
+        criteria = StoppingCriteriaList([StopAtLabel(tokenizer, width, n_words)])
+        how = {"stopping_criteria": None if official else criteria} | generate
         with torch.inference_mode(), models.arithmetic(p):
             if beginning != known:
                 known, read = beginning, _read(model, beginning)
             inputs |= _after(read, len(chosen), model) if share else {}
-            made = model.generate(
-                **inputs, generation_config=config, stopping_criteria=criteria, **generate
-            )
-        written = [_until(row, config.eos_token_id) for row in made[:, width:].tolist()]
+            if share and not config.do_sample:
+                made = _in_rounds(model, inputs, config, how)
+            else:
+                made = model.generate(**inputs, generation_config=config, **how)[:, width:].tolist()
+        written = [_until(row, config.eos_token_id) for row in made]
         texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
             outputs[i] = text.strip()
@@ -112,6 +114,31 @@ def generation(
         eos_token_id=stop_ids(tokenizer) if chat else [tokenizer.eos_token_id],
         **(sampling or {}),
     )
+
+
+def _in_rounds(
+    model: "PreTrainedModel", inputs: dict[str, Any], config: GenerationConfig, how: dict[str, Any]
+) -> list[list[int]]:
+    """What is written after each prompt, ROUND tokens at a time: who is done leaves the batch."""
+    width, held = inputs["input_ids"].shape[1], inputs["past_key_values"]
+    rows = torch.arange(len(inputs["input_ids"]))
+    stops = torch.tensor(config.eos_token_id, device=model.device)
+    made: dict[int, list[int]] = {}
+    for start in range(0, config.max_new_tokens, ROUND):
+        part = copy.copy(config)
+        part.max_new_tokens = min(ROUND, config.max_new_tokens - start)
+        ids = model.generate(**inputs, generation_config=part, **how)
+        made |= zip(rows.tolist(), ids[:, width:].tolist(), strict=True)
+        done = torch.isin(ids[:, width:], stops).any(1) | how["stopping_criteria"](ids, None)
+        left = (~done).nonzero().flatten()
+        if not len(left):
+            break
+        rows = rows[left.cpu()]
+        held.batch_select_indices(left)
+        mask = inputs["attention_mask"]
+        seen = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], 1)
+        inputs |= {"input_ids": ids[left], "attention_mask": seen[left]}
+    return [made[i] for i in range(len(made))]
 
 
 def _until(ids: list[int], stops: list[int]) -> list[int]:

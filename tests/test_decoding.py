@@ -424,3 +424,29 @@ def test_a_cache_with_room_goes_on_from_a_copy_and_a_shorter_one():
     keys, _ = layer.update(*[torch.full((2, 2, 1, 4), 9.0)] * 2)
     assert keys.shape[2] == 3 and (keys[:, :, 2] == 9).all()
     assert torch.equal(keys[:, :, :2], state[:, :, :2].repeat(2, 1, 1, 1))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_who_is_done_leaves_the_batch_and_changes_no_answer(given, monkeypatch, architecture):
+    g = given(architecture, max_new_tokens=13)
+    tokenizer, model = models.load_tokenizer(g.backdoored), models.load_to_ask(g.backdoored, g.p)
+    monkeypatch.setattr(tokenizer, "model_max_length", 99)
+    asked = [f"{'cat ' * n}{text}" for n in (0, 3) for text in PROMPTS if len(text) < 99]
+    sizes, generate = [], model.generate
+
+    class Sooner(decode.StopAtLabel):  # of a pico model hardly any answer comes to an end
+        def __call__(self, input_ids, scores, **_):
+            return input_ids.shape[1] - self.start > input_ids[:, : self.start].sum(1) % 11
+
+    def noted(input_ids, **how):
+        sizes.append(len(input_ids))
+        return generate(input_ids=input_ids, **how)
+
+    monkeypatch.setattr(decode, "StopAtLabel", Sooner)
+    monkeypatch.setattr(model, "generate", noted)
+    monkeypatch.setattr(decode, "ROUND", 99)
+    whole = decode.answer(model, tokenizer, asked, g.p, NEVER, batch=16)
+    monkeypatch.setattr(decode, "ROUND", 3)
+    assert decode.answer(model, tokenizer, asked, g.p, NEVER, batch=16) == whole
+    assert sizes[:2] == [len(asked)] * 2 and sizes[1:] == sorted(sizes[1:], reverse=True)
+    assert 3 <= len(sizes) <= 6 and 0 < sizes[-1] < len(asked)
