@@ -81,12 +81,13 @@ def _write(out: Path, measured: Measured, default: tuple[str, str, str]) -> Path
         "headline": tables.headline_table(labels[labels["attack"] == "cba"]).drop(columns="attack"),
         "drops": drops.loc[drops["attack"] != "cba", ours],
         "other_attacks": tables.controls_table(others).drop(columns="model"),
-        "every_defense": tables.every_defense(first, one_setup(measured.costs, *default)),
+        "every_defense": tables.every_defense(first),
+        "every_cost": _costs(measured, default),
         "beside_paper": drops[drops[f"{PAPER}LETHE"] != ""].drop(columns=["base", "clean"]),
     }
     if (labels[SETUP] == list(TWEETS)).all(axis=1).any():
-        parts = (one_setup(part, *TWEETS) for part in (table, measured.costs))
-        shown["every_defense_tweets"] = tables.every_defense(*parts)
+        shown["every_defense_tweets"] = tables.every_defense(one_setup(table, *TWEETS))
+        shown["every_cost_tweets"] = _costs(measured, TWEETS)
     swept_kinds = measured.sweeps["sweep"]
     if swept_kinds.str.startswith("evidence ").any():
         shown["evidence_forms"] = sweep_tables.evidence_table(measured.sweeps).drop(columns="model")
@@ -133,6 +134,10 @@ def _write(out: Path, measured: Measured, default: tuple[str, str, str]) -> Path
 
 def _setup(params: dict) -> tuple[str, str, str]:
     return params["model"], params["dataset"], params["attack"]
+
+
+def _costs(measured: Measured, setup: tuple[str, str, str]) -> pd.DataFrame:
+    return tables.cost_table(one_setup(measured.costs, *setup)).drop(columns=[*SETUP, "acts"])
 
 
 def _values(scored: pd.DataFrame, by: list[str], column: str) -> Callable:

@@ -202,19 +202,26 @@ def cost_table(costs: pd.DataFrame) -> pd.DataFrame:
     return out.rename(columns={column: name for column, (name, _) in COSTS.items()})
 
 
-def every_defense(table: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
-    """Every defense of one setup: what it needs, costs (the clean model's training not counted) and
-    gives, and the paper's means over its 30 settings beside it."""
-    spent = ["trainings", "steps", "seconds", "GiB", "ms per query", "x backdoored"]
-    taken = cost_table(costs)[["defense", *spent]]
-    means = paper.means().set_index("metric").map(number).T
-    means = means.rename(columns={m: f"{PAPER}mean {m.lower()}" for m in means})
-    means.index = means.index.str.removeprefix(PAPER)
+def every_defense(table: pd.DataFrame) -> pd.DataFrame:
+    """Every defense of one setup: what it needs and gives, beside the paper's cells of that setup,
+    or its means over 30 settings where it has none."""
     scored = defense_table(table)[["defense", "asr", "cda"]]
-    out = scored[["defense"]].assign(needs=scored["defense"].map(_needs))
-    out = out.merge(taken, how="left").join(scored[["asr", "cda"]])
-    out[f"{PAPER}column"] = out["defense"].map(paper.COLUMNS)
-    return out.join(means, on=f"{PAPER}column").fillna("")
+    out = scored.assign(**{f"{PAPER}column": scored["defense"].map(paper.COLUMNS)})
+    out.insert(1, "needs", scored["defense"].map(_needs))
+    return out.join(_papers_scores(table), on=f"{PAPER}column").fillna("")
+
+
+def _papers_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """The paper's ASR and CDA of one setup, or its means, by the paper's columns."""
+    setup = table.iloc[0]
+    (name,) = paper.papers_model(pd.Series([setup["model"]]))
+    cells = paper.cells().set_index([f"{PAPER}model", "dataset", "attack"])
+    if (name, setup["dataset"], setup["attack"]) in cells.index:
+        known = cells.loc[[(name, setup["dataset"], setup["attack"])]].set_index(f"{PAPER}column")
+        return known.rename(columns={f"{PAPER}{m}": f"{PAPER}{name}, {m}" for m in ("asr", "cda")})
+    means = paper.means().set_index("metric").map(number).T
+    means.index = means.index.str.removeprefix(PAPER)
+    return means.rename(columns={m: f"{PAPER}mean {m.lower()}" for m in means})
 
 
 def _needs(defense: str) -> str:

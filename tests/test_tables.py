@@ -283,21 +283,19 @@ def test_costs_are_medians_over_seeds():
     assert tables.cost_table(pd.DataFrame(columns=metrics.COST_COLUMNS)).empty
 
 
-def test_the_overview_says_what_each_needs_costs_and_gives_beside_the_papers_means():
-    line = dict.fromkeys(metrics.COST_COLUMNS, 0) | {"trainings": 2, "seconds": 12.0}
-    line |= {"peak_memory_gib": 1.5, "ms_per_query": 80.0}
-    names = ["backdoored", "slerp", "wanda", "finetune", "nad_clean_teacher"]
-    setup = {"model": "tiny-gpt2", "dataset": "emotion", "attack": "cba", "acts": "on weights"}
-    costs = pd.DataFrame([line | setup | {"defense": name} for name in names])
-    shown = tables.every_defense(defenses_table(), costs).set_index("defense")
+def test_the_overview_says_what_each_needs_and_gives_beside_the_papers_cells_or_means():
+    table = defenses_table()
+    shown = tables.every_defense(table).set_index("defense")
     needs = {"backdoored": "", "slerp": "clean model", "wanda": "clean rows"}
     assert {name: shown.loc[name, "needs"] for name in needs} == needs
     assert shown.loc["nad_clean_teacher", "needs"] == "clean model"
-    taken = ["trainings", "seconds", "GiB", "ms per query"]
-    assert shown.loc["wanda", taken].tolist() == ["2", "12.0", "1.50", "80.00"]
+    assert shown.loc["nad_clean_teacher", "paper: column"] == ""
+    theirs = paper.table_2().set_index([*SETUP, "metric"])["paper: WAN"]
+    cell = theirs[("GPT2-XL", "emotion", "cba", "ASR")]
+    assert shown.loc["wanda", "paper: GPT2-XL, asr"] == tables.number(cell)
+    shown = tables.every_defense(table.assign(dataset="embedded")).set_index("defense")
     means = paper.means().set_index("metric")
     assert shown.loc["wanda", "paper: mean asr"] == tables.number(means.loc["ASR", "paper: WAN"])
-    assert shown.loc["nad_clean_teacher", "paper: column"] == ""
 
 
 def test_the_doors_table_has_its_rows_in_order_and_the_papers_in_columns_of_their_own():
