@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from lethe_utils import models, prompts
 from lethe_utils.errors import LetheError
 from lethe_utils.groups import Recipe
-from lethe_utils.models import blocks, inspect
+from lethe_utils.models import inspect
 from lethe_utils.progress import Bar
 from lethe_utils.stages import Row
 
@@ -286,7 +286,7 @@ def lora_model(start: Path, p: Recipe, only: Names | None = None) -> Module:
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, lora)
-    models.hold(blocks.of(model), p)  # not the head, whose backward would be slower
+    models.hold(model, p)
     return adapted
 
 
