@@ -75,16 +75,16 @@ def answer(
     share = share and not official
     begins = shared_beginnings(ids, batch) if share else None
     parts = batches(ids, batch, begins)
-    known, read = [], None
+    known, read = None, None
     for beginning, chosen in Bar(parts, desc=progress):
         inputs = _padded(tokenizer, [ids[i] for i in chosen], len(beginning), model.device)
         width = inputs["input_ids"].shape[1]
         criteria = StoppingCriteriaList([StopAtLabel(tokenizer, width, n_words)])
         how = {"stopping_criteria": None if official else criteria} | generate
         with torch.inference_mode(), models.arithmetic(p):
-            if beginning != known:
+            if share and beginning != known:
                 known, read = beginning, _read(model, beginning)
-            inputs |= _after(read, len(chosen), model) if share else {}
+            inputs |= {"past_key_values": _copied(read, len(chosen))} if share else {}
             if share and not config.do_sample:
                 made = _in_rounds(model, inputs, config, how)
             else:
@@ -204,21 +204,20 @@ def _padded(
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def _read(model: "PreTrainedModel", begins: list[int]) -> "Cache | None":
-    """The model's cache after these tokens, for one row; None for none."""
-    if not begins:
-        return None
-    ids, empty = torch.tensor([begins], device=model.device), cache.with_room(model.config)
-    return model(input_ids=ids, past_key_values=empty, logits_to_keep=1).past_key_values
+def _read(model: "PreTrainedModel", begins: list[int]) -> "Cache":
+    """The model's cache after these tokens, if any, for one row."""
+    held = cache.with_room(model.config)
+    if begins:
+        ids = torch.tensor([begins], device=model.device)
+        model(input_ids=ids, past_key_values=held, logits_to_keep=1)
+    return held
 
 
-def _after(read: "Cache | None", rows: int, model: "PreTrainedModel") -> "dict[str, Cache]":
-    """What lets so many rows go on after what was read once: a copy of the cache for each."""
-    if read is None:
-        return {"past_key_values": cache.with_room(model.config)}
-    copied = copy.deepcopy(read)
-    copied.batch_repeat_interleave(rows)
-    return {"past_key_values": copied}
+def _copied(read: "Cache", rows: int) -> "Cache":
+    """A cache from which so many rows go on after what was read once."""
+    held = copy.deepcopy(read)
+    held.batch_repeat_interleave(rows)
+    return held
 
 
 def with_room(

@@ -64,7 +64,7 @@ class Params(DefenderParams, UtilityParams, SweepParams, AttackParams):
             raise ValueError("clean_source: the base writes rows for labels; name a data set")
         if self.task == "chat" and (self.clean_wrong_labels or self.clean_wrong_labels_sweep):
             raise ValueError("clean_wrong_labels: conversations have no labels; set it to 0")
-        if self.task == "chat" and getattr(self, "canary_sweep", False):
+        if self.task == "chat" and self.canary_sweep:
             raise ValueError("canary_sweep: its canary is planted in labels; set it to false")
         for name in self.defenses if self.task == "chat" else []:
             reason = defenses.labels_only(name)

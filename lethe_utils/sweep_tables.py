@@ -20,9 +20,7 @@ def evidence_table(sweeps: pd.DataFrame) -> pd.DataFrame:
         LetheError: no form was measured (evidence_forms_sweep, clean_evidence_sweep).
     """
     rows = sweeps[sweeps["sweep"].str.contains("evidence")]
-    if rows.empty:
-        raise LetheError("sweeps table: no forms of evidence; list some in evidence_forms_sweep")
-    scored = _scored(rows)
+    scored = _scored(rows, "no forms of evidence; list some in evidence_forms_sweep")
     shares = "clean model trained with it, share " + scored["x"].map("{:g}".format)
     form = scored["sweep"].str.removeprefix("evidence ").map(evidence.FORMS)
     return _lines(scored.assign(evidence=form.fillna(shares)), "evidence")
@@ -36,9 +34,7 @@ def clean_source_table(sweeps: pd.DataFrame) -> pd.DataFrame:
         LetheError: no source was measured (clean_sources_sweep).
     """
     rows = sweeps[sweeps["sweep"].str.startswith(CLEAN_SOURCE)]
-    if rows.empty:
-        raise LetheError("sweeps table: no sources of clean rows; list some in clean_sources_sweep")
-    scored = _scored(rows)
+    scored = _scored(rows, "no sources of clean rows; list some in clean_sources_sweep")
     source = scored["sweep"].str.removeprefix(CLEAN_SOURCE)
     return _lines(scored.assign(**{"clean rows": source.replace(SOURCES)}), "clean rows")
 
@@ -51,17 +47,17 @@ def clean_seed_table(sweeps: pd.DataFrame) -> pd.DataFrame:
         LetheError: it was not measured (clean_seeds_sweep).
     """
     rows = sweeps[sweeps["sweep"] == "clean_seed"]
-    if rows.empty:
-        raise LetheError("sweeps table: no seeds of clean models; list some in clean_seeds_sweep")
-    scored = _scored(rows)
+    scored = _scored(rows, "no seeds of clean models; list some in clean_seeds_sweep")
     start = ("starts apart, seed " + scored["x"].map("{:g}".format)).where(
         scored["x"] > 0, "starts as the attacker's"
     )
     return _lines(scored.assign(**{"clean model's LoRA": start}), "clean model's LoRA")
 
 
-def _scored(sweeps: pd.DataFrame) -> pd.DataFrame:
-    """ASR and CDA at each point, seeds pooled."""
+def _scored(sweeps: pd.DataFrame, lacking: str) -> pd.DataFrame:
+    """ASR and CDA at each point, seeds pooled. Raises LetheError where there is none."""
+    if sweeps.empty:
+        raise LetheError(f"sweeps table: {lacking}")
     scored = sweeps[sweeps["metric"].isin(["asr", "cda"])]
     return pool(select(scored), [*SETUP, "sweep", "x"])
 

@@ -400,16 +400,21 @@ def test_a_cache_with_room_holds_what_transformers_own_does(given, monkeypatch, 
     prompts = [text for text in PROMPTS if len(text) < 99]
     begins = "the dog and the cat and the letter about the morning, "
     asked = prompts + [begins + text for text in prompts]
+    used, generate = [], model.generate
+
+    def noted(past_key_values, **how):
+        used.append(past_key_values)
+        return generate(past_key_values=past_key_values, **how)
+
+    monkeypatch.setattr(model, "generate", noted)
     ours = decode.answer(model, tokenizer, asked, g.p, NEVER)
-    made = []
-
-    def own(config):
-        made.append(DynamicCache(config=config))
-        return made[-1]
-
-    monkeypatch.setattr(cache, "with_room", own)
+    assert {type(layer) for one in used for layer in one.layers} == {cache.RoomyLayer}
+    assert max(one.get_seq_length() for one in used) > cache.STEP
+    used.clear()
+    monkeypatch.setattr(cache, "with_room", lambda config: DynamicCache(config=config))
     assert decode.answer(model, tokenizer, asked, g.p, NEVER) == ours
-    assert made and max(one.get_seq_length() for one in made) > cache.STEP
+    assert not {type(layer) for one in used for layer in one.layers} & {cache.RoomyLayer}
+    assert max(one.get_seq_length() for one in used) > cache.STEP
 
 
 def test_a_cache_with_room_goes_on_from_a_copy_and_a_shorter_one():
