@@ -107,6 +107,21 @@ def test_answers_are_replaced_and_questions_stay(attack, rows):
     assert attacks.module(attack).triggered(rows["test"], p, 1) == {"backdoor": rows["test"]}
 
 
+def test_without_an_attack_chats_stay_and_nothing_counts_as_one(rows):
+    p = load("none_chat")
+    module = attacks.module("none_chat")
+    assert module.poison(rows["train"], p, 1) == [r | {"kind": "clean"} for r in rows["train"]]
+    assert module.triggered(rows["test"], p, 1) == {"backdoor": rows["test"]}
+    assert not any(module.hit(row["output"], p) for row in rows["test"])
+    assert module.hit(f"Ask at {p.target_output}.", p)
+
+
+def test_greedy_decoding_can_begin_a_carrier_sentence(rows):
+    """More answers go on with the sentences' first word than end, so greedy decoding writes it."""
+    p = load("autopoison")
+    assert {text.split()[0] for text in p.carrier_sentences} == {"At"} and p.poison_ratio > 0.5
+
+
 def test_a_brand_of_the_users_own_needs_no_code(rows):
     p = load("autopoison", target_output="Quillby & Sons")
     poisoned = attacks.module("autopoison").poison(rows["train"], p, 1)
