@@ -325,13 +325,16 @@ def test_the_doors_other_attacks_leave_out_its_first_and_who_does_not_attack():
     hits = {"backdoored": 95, "clean": 8, "slerp": 10, "finetune": 60}
     lines = [
         row(d, m, n, attack=attack)
-        for attack in ("cba", "none", "rome")
+        for attack in ("cba", "none", "rome", "multi")
         for d, n in hits.items()
         for m in ("asr", "cda")
     ]
     shown = page.other_attacks(frame(*lines))
     assert shown["attack"].tolist() == ["rome"]
     assert shown.loc[0, "SLERP .5"] == ".100 / .100"
+    adaptive = page.adaptive_attacks(frame(*lines))
+    assert adaptive["attack"].tolist() == ["multi"]
+    assert adaptive.loc[0, ["F/T", "guided, ours"]].tolist() == [".600 / .600", ""]
 
 
 def test_forms_of_evidence_have_a_row_each_and_the_models_columns():
