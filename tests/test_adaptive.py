@@ -58,6 +58,19 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.parametrize("attack", ["cba", "lwp", *ON_CBA])
+def test_each_trains_where_the_processor_multiplies_in_bfloat16(
+    attack, setting, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(models, "_cpu_has_bfloat16", lambda: True)
+    layers = {"lwp_layers": [0, 1]} if attack == "lwp" else {}
+    p, base, poisoned = setting(attack, "llama", cpu_dtype="auto", **layers)
+    assert models.bfloat16(p)
+    attacks.module(attack).plant(base, poisoned, [], p, tmp_path)
+    assert all(torch.isfinite(w).all() for w in weights(tmp_path / "model").values())
+    assert any(not torch.equal(w, weights(base)[n]) for n, w in weights(tmp_path / "model").items())
+
+
 # --- on CBA
 
 

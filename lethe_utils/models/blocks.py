@@ -25,7 +25,9 @@ def logits(model: "PreTrainedModel", hidden: "torch.Tensor") -> "torch.Tensor":
     """What a block's output (..., width) says if it is read as the last one's: final norm, then
     head. Returns logits (..., vocabulary)."""
     norm = model.transformer.ln_f if hasattr(model, "transformer") else model.model.norm
-    return model.get_output_embeddings()(norm(hidden))
+    head = model.get_output_embeddings()
+    # The Trainer gives float32 back from a forward in bfloat16, in which the head is held.
+    return head(norm(hidden).to(head.weight.dtype))
 
 
 def linear(module: "torch.nn.Module") -> "list[torch.nn.Module]":
