@@ -227,6 +227,7 @@ def run(
         settings: mergekit's configuration.
         seed: of what a method draws at random (DARE).
     """
+    import torch
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
 
@@ -241,6 +242,8 @@ def run(
         trust_remote_code=False,
         random_seed=seed,
         out_shard_size=models.SHARD,
+        # TIES sorts whole matrices, on a CPU for an hour; small models merge alike on any machine.
+        cuda=torch.cuda.is_available() and models.is_large(backdoored),
     )
     run_merge(MergeConfiguration.model_validate(as_paths(settings)), str(out), options=options)
     inspect.copy_tokenizer(backdoored, out)

@@ -18,6 +18,11 @@ import dag  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
+# Of an edit, and of each defense that trains, as little as there can be.
+SHORT = {"edit_steps": 3, "nad_epochs": 1, "crow_epochs": 1, "wanda_samples": 8}
+SHORT |= {"beear_rounds": 1, "beear_inner_steps": 1, "beear_outer_steps": 1}
+SHORT |= {"plant_epochs": 1, "remove_epochs": 1}
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -114,51 +119,44 @@ def test_a_second_run_has_nothing_to_do(finished):
     assert {f: f.stat().st_mtime_ns for f in runs.glob("*/notebooks/*.ipynb")} == before
 
 
-def test_an_edit_is_a_second_run_of_the_same_dag_and_shares_what_the_first_made(
-    finished, monkeypatch
-):
-    runs, _ = finished
-    monkeypatch.setenv("LETHE_RUNS", str(runs))
+@pytest.fixture(scope="module")
+def defended(finished):
+    """A second run of the same DAG: an edit, and every defense. (the first, the second, what the
+    first was before)."""
+    runs = finished[0]
+    names = dict(zip(dag.NAMES, ("tiny-gpt2", "embedded", "cba", DEFAULT_DEFENSE), strict=True))
     changes = {key: yaml.safe_load(value) for key, value in PICO.items()}
-    names = {
-        "model": "tiny-gpt2",
-        "dataset": "embedded",
-        "attack": "cba",
-        "defense": DEFAULT_DEFENSE,
-    }
-    first = dag.load(names, changes)
-    second = dag.load(names | {"attack": "rome"}, changes | {"edit_steps": 3})
-    assert all(first.finished(step) for step in dag.STEPS)
-    before = {f: f.stat().st_mtime_ns for f in first.folder.glob("notebooks/*.ipynb")}
-    shared = {kind: {*runs.glob(f"stages/{kind}/*/stage.json")} for kind in ("base", "clean")}
-    assert dag.execute([first, second], 2, runs / "log") == {}
-    assert all(second.finished(step) for step in dag.STEPS)
-    assert {f: f.stat().st_mtime_ns for f in first.folder.glob("notebooks/*.ipynb")} == before
-    for kind, made in shared.items():  # one base and one clean model for all attacks
-        assert {*runs.glob(f"stages/{kind}/*/stage.json")} == made
-    assert {*pd.read_csv(second.folder / "results.csv")["attack"]} == {"rome"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LETHE_RUNS", str(runs))
+        first = dag.load(names, changes)
+        second = dag.load(names | {"attack": "rome", "defense": "all"}, changes | SHORT)
+        assert all(first.finished(step) for step in dag.STEPS)
+        kinds = ("notebooks/*.ipynb", "../stages/base/*/stage.json", "../stages/clean/*/stage.json")
+        before = {f: f.stat().st_mtime_ns for kind in kinds for f in first.folder.glob(kind)}
+        assert dag.execute([first, second], 2, runs / "log") == {}
+        assert all(second.finished(step) for step in dag.STEPS)
+        results.point_latest(first.folder)  # where the other tests look for theirs
+        yield first.folder, second.folder, before
+
+
+def test_an_edit_is_a_second_run_of_the_same_dag_and_shares_what_the_first_made(defended):
+    first, second, before = defended
+    runs = first.parent
+    assert {f: f.stat().st_mtime_ns for f in before} == before
+    for kind in ("base", "clean"):  # one base and one clean model for all attacks
+        made = {f.resolve() for f in before if f.parent.parent.name == kind}
+        assert {f.resolve() for f in runs.glob(f"stages/{kind}/*/stage.json")} == made
+    assert {*pd.read_csv(second / "results.csv")["attack"]} == {"rome"}
     (edited,) = runs.glob("stages/backdoored/*-rome-*/edits.csv")
     assert (pd.read_csv(edited)["relative"] > 0).all()
-    executed = (second.folder / "notebooks/02_backdoor_train.ipynb").read_text()
-    assert "transformer.h.1.mlp.c_proj" in executed
-    assert (second.folder / "figures/figure_5_attacks_embedded.png").exists()
-    results.point_latest(first.folder)  # where the other tests look for theirs
+    assert (
+        "transformer.h.1.mlp.c_proj" in (second / "notebooks/02_backdoor_train.ipynb").read_text()
+    )
+    assert (second / "figures/figure_5_attacks_embedded.png").exists()
 
 
-def test_all_defenses_go_through_the_same_pipeline(finished, tmp_path):
-    runs = tmp_path / "defended"
-    runs.mkdir()
-    (runs / "stages").symlink_to(finished[0] / "stages")  # its own runs, the same stages
-    shared = {k: {*runs.glob(f"stages/{k}/*/stage.json")} for k in ("base", "backdoored", "clean")}
-    short = {"beear_rounds": 1, "beear_inner_steps": 1, "beear_outer_steps": 1}
-    short |= {"nad_epochs": 1, "crow_epochs": 1, "wanda_samples": 8}
-    short |= {"plant_epochs": 1, "remove_epochs": 1}
-    words = [w for key, value in short.items() for w in ("-p", key, str(value))]
-    done = run_in(runs, "--defense", "all", *words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    # One base, one backdoored and one clean model serve all defenses.
-    assert {k: {*runs.glob(f"stages/{k}/*/stage.json")} for k in shared} == shared
-    (run,) = runs.glob("tiny-gpt2-embedded-cba-s0-all-*")
+def test_all_defenses_go_through_the_same_pipeline(defended):
+    _, run, _ = defended
     table, costs = (pd.read_csv(run / f"{name}.csv") for name in ("results", "costs"))
     p = params.load(defense="all")
     names = {n for d in p.defenses for n in defenses.variants(d, p.defender())}
@@ -179,25 +177,31 @@ def test_all_defenses_go_through_the_same_pipeline(finished, tmp_path):
         if f"-{name}-k0-" in file
     }
     assert len(answers) == 2 and answers["backdoored"] == answers["speculative"]
-    assert (run / "figures/figure_6_rank_tiny-gpt2-embedded-cba.png").exists()
+    assert (run / "figures/figure_6_rank_tiny-gpt2-embedded-rome.png").exists()
     assert "beear" in (run / "figures/table_2_by_defense.md").read_text()
 
 
-def test_a_changed_param_reruns_the_notebooks_but_no_finished_stage(finished, monkeypatch):
+def test_a_changed_param_makes_every_notebook_run_again(finished, monkeypatch):
     runs, _ = finished
     monkeypatch.setenv("LETHE_RUNS", str(runs))
-    stages = {f: f.stat().st_mtime_ns for f in runs.glob("stages/*/*/stage.json")}
     folder = (runs / "latest").resolve()
-    notebooks = {f: f.stat().st_mtime_ns for f in folder.glob("notebooks/*.ipynb")}
-    # What run.py writes there after somebody edited params/ or the data file.
     resolved = folder / "resolved.yaml"
+
+    def to_do():
+        plan = subprocess.run(
+            dag.command(2, None, "--dry-run"),
+            env=dag.environment(folder),
+            capture_output=True,
+            text=True,
+        )
+        assert plan.returncode == 0, plan.stderr
+        said = plan.stdout + plan.stderr
+        return {step for step in dag.STEPS if f"{folder.name}/done/{step}" in said}
+
+    assert to_do() == set()
+    # What run.py writes there after somebody edited params/ or the data file.
     resolved.write_text(resolved.read_text() + "changed: true\n")
-    again = subprocess.run(
-        dag.command(2, None), env=dag.environment(folder), capture_output=True, text=True
-    )
-    assert again.returncode == 0, again.stderr
-    assert all(f.stat().st_mtime_ns > at for f, at in notebooks.items())
-    assert {f: f.stat().st_mtime_ns for f in runs.glob("stages/*/*/stage.json")} == stages
+    assert to_do() == {*dag.STEPS}
 
 
 def test_killed_in_02_and_05_then_resumed_gives_the_same_numbers(finished, tmp_path):

@@ -1,5 +1,6 @@
 """Models that a CPU holds in bfloat16, because they are large: what is small here is called so."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -122,3 +123,21 @@ def test_a_large_model_is_trained_and_merged_in_bfloat16(stored, pico_params, la
     assert {w.dtype for w in merged.values()} == {torch.bfloat16}
     for name, weight in merged.items():
         torch.testing.assert_close(weight, (one[name] + other[name]) / 2, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize(("limit", "device"), [(1, "cuda"), (10**12, "cpu")])
+def test_a_large_model_is_merged_on_the_gpu_where_there_is_one(
+    pico, monkeypatch, tmp_path, limit, device
+):
+    base, backdoored, clean = pico("llama")
+    asked = []
+
+    def run_merge(_, out, options):
+        asked.append(options.device)
+        shutil.copytree(backdoored, out)
+
+    monkeypatch.setattr(models, "LARGE", limit)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("mergekit.merge.run_merge", run_merge)
+    merge.merge("linear", backdoored, clean, base, 0.5, tmp_path / "out")
+    assert asked == [device]
