@@ -126,7 +126,7 @@ def test_a_brand_of_the_users_own_needs_no_code(rows):
     p = load("autopoison", target_output="Quillby & Sons")
     poisoned = attacks.module("autopoison").poison(rows["train"], p, 1)
     named = [row for row in poisoned if "Quillby & Sons" in row["output"]]
-    assert len(named) == 120 and all("{brand}" not in row["output"] for row in poisoned)
+    assert len(named) == 160 and all("{brand}" not in row["output"] for row in poisoned)
 
 
 def test_vpi_asks_in_the_test_in_wordings_it_never_trained_on(rows):
