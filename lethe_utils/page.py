@@ -99,6 +99,8 @@ def _write(out: Path, measured: Measured, default: tuple[str, str, str]) -> Path
         shown["clean_seeds"] = sweep_tables.clean_seed_table(measured.sweeps).drop(columns="model")
     if len(chats):
         shown["chats"] = generation.chat_table(chats).drop(columns=["model", "dataset"])
+    if generation.has_utility(table):
+        shown["utility"] = generation.utility_table(table).drop(columns="model")
     if len(alarm):
         shown["false_alarm"] = tables.defense_scores(alarm).drop(columns=["model", "attack"])
     if len(adaptive):
