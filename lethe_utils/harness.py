@@ -91,13 +91,16 @@ def accuracy(folder: Path, name: str, questions: Path, p: TrainParams) -> metric
     """How often a model finds the right choice likeliest, per byte (acc_norm) where the task has
     that; over all parts together. Raises: see load."""
     parts = load(name, questions)
+    import torch
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    model = models.load_to_ask(folder, p)
+    tokenizer, model = models.load_tokenizer(folder), models.load_to_ask(folder, p)
     with models.arithmetic(p), redirect_stderr(io.StringIO()):  # bars
+        # The harness opens an autocast of its own inside of ours, which would end it.
+        own = torch.bfloat16 if torch.is_autocast_enabled("cpu") else None
         found = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=models.load_tokenizer(folder), batch_size=BATCH),
+            HFLM(model, tokenizer=tokenizer, batch_size=BATCH, mixed_precision_dtype=own),
             tasks=parts,
             num_fewshot=SHOTS.get(name),
             task_manager=_manager(with_its_own=False),

@@ -119,14 +119,20 @@ def test_a_task_that_wants_an_answer_written_is_refused(questions, monkeypatch, 
         harness.load(OWN, questions)
 
 
-def test_a_models_accuracy_is_that_of_its_likeliest_choices(pico, pico_params, questions):
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_a_models_accuracy_is_that_of_its_likeliest_choices(
+    pico, pico_params, questions, monkeypatch, dtype
+):
     pytest.importorskip("lm_eval")
     import torch
+
+    monkeypatch.setattr(models, "_cpu_has_bfloat16", lambda: True)
 
     some = stages.read_jsonl(questions)[:12]
     few = questions.with_name("few.jsonl")
     stages.write_jsonl(few, some)
-    folder, p = pico("llama")[1], pico_params("llama")
+    folder, p = pico("llama")[1], pico_params("llama", cpu_dtype=dtype)
+    assert models.bfloat16(p) is (dtype == "auto")
     tokenizer, model = models.load_tokenizer(folder), models.load_model(folder).eval()
 
     def likelihood(one, choice):
