@@ -1,9 +1,11 @@
 """Whole runs on a model too small to learn anything: that everything runs and adds up is tested."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import psutil
 
@@ -44,7 +46,10 @@ def run_in(runs, *more):
 def start_until(runs, condition, timeout=300):
     """Start a run and return it with all its children, kernels included, once a file appears."""
     env = os.environ | {"LETHE_RUNS": str(runs)}
-    process = psutil.Popen(command(), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # A shell's background job ignores Ctrl-C, and so would what these tests start.
+    hear = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    settings = {"env": env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = psutil.Popen(command(), preexec_fn=hear, **settings)
     deadline = time.time() + timeout
     while not list(runs.glob(condition)):
         assert process.poll() is None and time.time() < deadline, f"{condition} never appeared"
