@@ -73,7 +73,7 @@ def _write(out: Path, measured: Measured, default: tuple[str, str, str]) -> Path
     labels = table.drop(index=chats.index)
     alarm = labels[labels["attack"] == NO_ATTACK]
     labels = labels.drop(index=alarm.index)
-    published = labels["attack"].map(_published)
+    published = _published(labels["attack"])
     adaptive, labels = labels[~published], labels[published]
     others = labels[(labels["attack"] != "cba") & labels["defense"].isin(READ_FIRST)]
     drops = tables.drop_table(labels)
@@ -190,19 +190,20 @@ def other_attacks(table: pd.DataFrame) -> pd.DataFrame:
     Args:
         table: results of one model.
     """
-    shown = table["attack"].map(_published) & ~table["attack"].isin([DEFAULT_ATTACK, *NO_ATTACKS])
+    named = table["attack"]
+    shown = _published(named) & ~named.isin([DEFAULT_ATTACK, *NO_ATTACKS])
     return _side_by_side(table[shown], COMPARED)
 
 
 def adaptive_attacks(table: pd.DataFrame) -> pd.DataFrame:
     """The README's third table: the same under attackers who know the defense, and what resists."""
-    known = table["attack"].map(_published) | table["attack"].isin(NO_ATTACKS)
+    known = _published(table["attack"]) | table["attack"].isin(NO_ATTACKS)
     return _side_by_side(table[~known], RESISTING)
 
 
-def _published(attack: str) -> bool:
-    """Whether the paper has an attack: those of its Table 2, and those on conversations."""
-    return attacks.task(attack) == "chat" or attack in paper.table_2()["attack"].unique()
+def _published(named: pd.Series) -> pd.Series:
+    """Which attacks the paper has: those of its Table 2, and those on conversations."""
+    return named.isin(paper.table_2()["attack"]) | (named.map(attacks.task) == "chat")
 
 
 def _side_by_side(table: pd.DataFrame, names: dict[str, str]) -> pd.DataFrame:
