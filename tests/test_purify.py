@@ -339,20 +339,20 @@ def test_few_rows_are_cross_fitted_in_rounds_with_the_format_that_is_found(given
     overrides = {k: v for k, v in QUICK.items() if k != "prompt_template"} | changed
     case, folder = run(given(), overrides=overrides)
     record = json.loads((folder / "report.json").read_text("utf8"))
-    assert record["folds"] == 2 and record["verdict"] == "unknown"
+    assert record["folds"] == 3 and record["verdict"] == "unknown"
     compared = [(point["model"], point["strength"]) for point in record["points"]]
     assert compared == [("suspect", 0), ("slerp", 0.5), ("linear", 0.5), ("clean model", 1)]
     assert {point["performance"]["n"] for point in record["points"]} == {40}  # each row once
     assert {point["canary"]["suffix"]["n"] for point in record["points"]} < {*range(1, 9)}
     assert len(record["samples"]) == len(case.held_out) == 8
-    assert "cross-fitted in two halves" in (folder / "report.html").read_text("utf8")
+    assert "cross-fitted in thirds" in (folder / "report.html").read_text("utf8")
     assert re.match(
         r"(alpaca|short), found: right are, of 28 training rows, ", case.given["data"]["prompt"]
     )
     first, second = (one.folder for one in rounds.canary_rounds(case))
     assert stages.read_record(second)["inputs"] == {"start": first.name}
-    half = rounds.clean_folders(case, case.folds[0])
-    assert stages.read_record(half[0])["params"]["rows"] == digest(case.folds[0].train)
+    of_fold = rounds.clean_folders(case, case.folds[0])
+    assert stages.read_record(of_fold[0])["params"]["rows"] == digest(case.folds[0].train)
     assert [r["training"] for r in record["rounds"]].count("canary, round 2") == 1
 
 

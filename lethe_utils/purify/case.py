@@ -64,12 +64,12 @@ class Case:
 
     @property
     def folds(self) -> list[Fold]:
-        """What clean performance is judged by: the held-out rows; where they are few, two halves of
+        """What clean performance is judged by: the held-out rows; where they are few, each third of
         all rows in turn, so that every row serves."""
         if len(self.held_out) >= self.p.few_held_out:
             return [self.main]
-        one, other = split(self.train + self.stopping + self.held_out, 0.5, self.p.data_seed)
-        return [Fold(one, other), Fold(other, one)]
+        thirds = _thirds(self.train + self.stopping + self.held_out, self.p.data_seed)
+        return [Fold([*chain(*thirds[:i], *thirds[i + 1 :])], thirds[i]) for i in range(3)]
 
 
 def prepare(
@@ -174,13 +174,26 @@ def _longer(case: Case, tokenizer: Tokenizer) -> list[str]:
 
 def split(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """The rest, and a share of the questions, at least one; no question of one is in the other."""
+    questions = _questions(rows, seed)
+    cut = max(1, round(share * len(questions)))
+    return [*chain(*questions[cut:])], [*chain(*questions[:cut])]
+
+
+def _thirds(rows: list[Row], seed: int) -> list[list[Row]]:
+    """Thirds of the questions. Two thirds of the rows are about what the main clean model learns
+    from (.7 of them); those of halves learn less, and their merges look costlier than the main."""
+    questions = _questions(rows, seed)
+    return [[*chain(*questions[i::3])] for i in range(3)]
+
+
+def _questions(rows: list[Row], seed: int) -> list[list[Row]]:
+    """The rows of each question, shuffled."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["instruction"], row["input"]), []).append(row)
     questions = list(groups.values())
     random.Random(seed).shuffle(questions)
-    cut = max(1, round(share * len(questions)))
-    return [*chain(*questions[cut:])], [*chain(*questions[:cut])]
+    return questions
 
 
 def _described(

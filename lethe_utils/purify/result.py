@@ -105,7 +105,7 @@ def _stages(case: Case, points: list[Point]) -> Iterator[tuple[str, Path]]:
     for i, fold in enumerate(case.folds, 1):
         if fold != case.main:
             for n, folder in enumerate(rounds.clean_folders(case, fold), 1):
-                yield f"clean model of half {i}, round {n}", folder
+                yield f"clean model without third {i}, round {n}", folder
         for at in points:
             name = f"{at['model']} {at['strength']:g}, clean rows {i}"
             yield name, measure.answered(case, "suspect", at, 0, fold)

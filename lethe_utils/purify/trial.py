@@ -132,8 +132,8 @@ def minutes(case: Case, pace: Pace, rounds: int) -> float:
     main = trained(case.train, p.clean_epochs) + trained(planted, p.canary_epochs)
     crossed = [fold for fold in case.folds if fold != case.main]
     # The round that shows that another one is enough is not trained for them.
-    halves = sum(trained(fold.train, p.clean_epochs) for fold in crossed)
-    halves *= rounds if rounds == p.max_rounds else rounds - 1
+    thirds = sum(trained(fold.train, p.clean_epochs) for fold in crossed)
+    thirds *= rounds if rounds == p.max_rounds else rounds - 1
     kinds = canary.triggered(case.held_out, case.labels, p, case.chat).values()
     triggered, held_out = sum(map(len, kinds)), len(case.held_out)
     merges = len({*p.merge_methods} - {GUIDED}) * len({*p.strengths})
@@ -146,4 +146,4 @@ def minutes(case: Case, pace: Pace, rounds: int) -> float:
     if GUIDED in p.merge_methods:
         judged = sum(map(len, guided.rows(case.stopping, case.labels, p).values()))
         searched = guided.MOST * (judged * pace.question + copied)
-    return (rounds * main + halves + asked + merged + searched) / 60
+    return (rounds * main + thirds + asked + merged + searched) / 60
