@@ -98,10 +98,10 @@ def test_the_clean_model_trains_until_its_stopping_rows_improve_no_more(
     ]
     assert str(rounds.clean_model(case)) == "base" + "+" * best
     assert {len(fold.train) for fold, _ in trainings.made} == {60}  # never the stopping rows
-    half = case.folds[0]
+    third = case.folds[0]
     trainings.made.clear()
-    assert len(case.folds) == 2 and str(rounds.clean_model(case, half)) == "base" + "+" * best
-    assert [start for fold, start in trainings.made if fold == half] == [
+    assert len(case.folds) == 3 and str(rounds.clean_model(case, third)) == "base" + "+" * best
+    assert [start for fold, start in trainings.made if fold == third] == [
         "base" + "+" * n for n in range(best)
     ]
 
@@ -178,14 +178,12 @@ def test_few_held_out_rows_are_cross_fitted_so_that_every_row_serves():
     enough = a_case((300, 40, 100))
     assert enough.folds == [enough.main] == [Fold(enough.train, enough.held_out)]
     case = a_case((300, 40, 99))
-    one, other = case.folds
-    everything = case.train + case.stopping + case.held_out
-    assert one == Fold(other.held_out, other.train)
-    assert sorted(r["input"] for r in one.train + one.held_out) == sorted(
-        r["input"] for r in everything
-    )
-    assert not {r["input"] for r in one.train} & {r["input"] for r in one.held_out}
-    assert abs(len(one.train) - len(one.held_out)) <= 1
+    everything = sorted(r["input"] for r in case.train + case.stopping + case.held_out)
+    assert sorted(r["input"] for fold in case.folds for r in fold.held_out) == everything
+    for fold in case.folds:
+        assert sorted(r["input"] for r in fold.train + fold.held_out) == everything
+        assert not {r["input"] for r in fold.train} & {r["input"] for r in fold.held_out}
+    assert [len(fold.held_out) for fold in case.folds] == [147, 146, 146]
 
 
 # --- the paired test
@@ -434,8 +432,8 @@ def test_the_estimate_counts_what_is_trained_and_asked(monkeypatch, pico):
     for n in (1, 2, 3):
         assert trial.minutes(case, training, n) == pytest.approx(n * once * 0.001)
     crossed = a_case((200, 30, 70), max_rounds=3, few_held_out=100)
-    halves = trial.minutes(crossed, training, 2) - trial.minutes(case, training, 2)
-    assert halves == pytest.approx(6 * 0.001 * tokens[0] * 300 / 200, rel=0.02)
+    thirds = trial.minutes(crossed, training, 2) - trial.minutes(case, training, 2)
+    assert thirds == pytest.approx(6 * 0.001 * tokens[0] * 2 * 300 / 200, rel=0.02)
     asking = trial.Pace(token=0, question=60, memory=0)
     kinds = sum(map(len, canary.triggered(case.held_out, case.labels, P).values()))
     points = 2 * 3 + 2
