@@ -23,7 +23,7 @@ def test_a_run_whose_front_door_was_killed_is_not_started_beside_itself(tmp_path
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_told_to_stop_leaves_nothing_at_work(tmp_path, how):
-    started = start_until(tmp_path, "*/notebooks/02_backdoor_train.log")
+    started = start_until(tmp_path, "*/notebooks/01_data.log")
     started[0].send_signal(how)
     gone, alive = psutil.wait_procs(started, timeout=60)
     kill(alive)
