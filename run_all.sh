@@ -24,13 +24,13 @@ export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-10000}"
 
 python=""
 for candidate in python python3 python3.13 python3.12 python3.11; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
         python="$candidate"
         break
     fi
 done
 if [ -z "$python" ]; then
-    echo "error: Python 3.11 or newer is needed; install it and run this again" >&2
+    echo "error: Python 3.11, 3.12 or 3.13 is needed; install one and run this again" >&2
     exit 1
 fi
 
