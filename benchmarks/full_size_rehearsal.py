@@ -5,7 +5,7 @@
 The weights are written one tensor at a time (bfloat16, sharded safetensors), then each stage runs
 the project's own code on a few rows as long as the recipe allows, in a process of its own, so that
 every peak is that stage's. Needs three times the model on disk: base, backdoored, and what is made
-of them; FOLDER/purified may be a link to another disk. A base that stands in FOLDER is used again.
+of them. FOLDER must be empty, or one that this program filled, whose base is used again.
 Writes full_size_rehearsal.json beside this file, a record a model and device: seconds and peak
 memory of each stage (GiB; mapped files count, which can be dropped: `anonymous` leaves them out).
 The weights are random, so the numbers are costs and nothing else.
@@ -78,6 +78,7 @@ SHORT = {
     "covariance_tokens": 1000,
     "strength": 0.5,
 }
+MARK = ".lethe_rehearsal"  # in a folder of ours: what stands there may go
 LOOK = 0.25  # seconds between two looks at the memory
 BYTES = 2  # of a weight in bfloat16
 DRAWN = 2**24 - 3  # a prime of random numbers, so that no two rows of a matrix are the same
@@ -119,7 +120,7 @@ def write(config: "PreTrainedConfig", texts: list[str], out: Path) -> None:
             size = 0
         shards[-1].append(name)
         size += BYTES * prod(shape)
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     drawn = torch.empty(DRAWN).normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
     drawn = drawn.bfloat16()
     files: dict[str, str] = {}
@@ -314,7 +315,11 @@ def rehearse(model: str, blocks: int | None, place: Path, out: Path) -> None:
     config = configuration(model, blocks)
     p = settings(model, config)
     start = time.perf_counter()
-    base = place / "base"
+    base, mark = place / "base", place / MARK
+    if place.exists() and any(place.iterdir()) and not mark.exists():
+        sys.exit(f"--folder {place}: is not empty, and not this program's; give a new one")
+    place.mkdir(parents=True, exist_ok=True)
+    mark.touch()
     if not (base / "config.json").exists():
         write(config, pipeline.ordinary_text(p), base)
     size = inspect.weights_size(base)

@@ -4,7 +4,7 @@ Each group is what one stage depends on, so that a stage's key changes when, and
 params do. A method's groups stand in its own module (PARAMS).
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -227,6 +227,15 @@ class SweepParams(Group):
     clean_evidence_sweep: list[Ratio]  # values of clean_evidence_share
     clean_seeds_sweep: list[Positive]  # beside the run's own
     sweep_items: Positive
+
+    @model_validator(mode="after")
+    def _check_points(self) -> Self:
+        """A point that is there twice would be measured, and counted, twice."""
+        for key in SweepParams.model_fields:
+            points = getattr(self, key)
+            if isinstance(points, list) and len(points) != len({*points}):
+                raise ValueError(f"{key}: {points} names a point twice; leave one out")
+        return self
 
 
 class UtilityParams(Group):

@@ -257,7 +257,14 @@ def together(metric: str, parts: Sequence[Measured]) -> Measured:
     value = sum(into(part.value) * part.n for part in parts) / n
     halves = [(into(part.ci_high) - into(part.value)) * part.n for part in parts]
     half = math.hypot(*halves) / n
-    return Measured(float(back(value)), n, max(0.0, back(value - half)), float(back(value + half)))
+    ends = max(0.0, back(value - half)), float(back(value + half))
+    found = Measured(float(back(value)), n, *ends)
+    return _as_share(found) if metric == "token_accuracy" else found
+
+
+def _as_share(found: Measured) -> Measured:
+    """A share's normal interval ends at 1."""
+    return found._replace(ci_high=min(1.0, found.ci_high))
 
 
 def of_references(known: Sequence[tuple[int, int, float]]) -> dict[str, Measured]:
@@ -272,7 +279,7 @@ def of_references(known: Sequence[tuple[int, int, float]]) -> dict[str, Measured
     loss = mean(nats, tokens)
     ends = (math.exp(end) for end in (loss.ci_low, loss.ci_high))
     perplexity = Measured(math.exp(loss.value), loss.n, *ends)
-    return {"token_accuracy": mean(right, tokens), "perplexity": perplexity}
+    return {"token_accuracy": _as_share(mean(right, tokens)), "perplexity": perplexity}
 
 
 def of_wording(answers: Sequence[str]) -> dict[str, Measured]:

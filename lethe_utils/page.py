@@ -1,6 +1,7 @@
 """docs/results.md and docs/twins.md: their prose stands in docs/*.md.j2, every table and number in
-them is computed from the released results."""
+them is computed from the released results. Of the README the tables are."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,7 @@ DOOR = {  # the rows of the README, as they are called there
     "slerp": "**SLERP, the paper's strength .5**",
     "slerp + evidence": "the same merge, asked with evidence",
 }
+DOOR_DATA = (DEFAULT_DATASET, "emotion")
 COMPARED = {
     "backdoored": "backdoored",
     "clean": "clean alone",
@@ -156,6 +158,26 @@ def _values(scored: pd.DataFrame, by: list[str], column: str) -> Callable:
         return known[key]
 
     return value
+
+
+def write_door(readme: Path) -> None:
+    """Put the released tables in the place of the README's, told by their first lines.
+
+    Raises:
+        LetheError: it has no table with such a first line.
+    """
+    table = read_released().table
+    table = table[table["model"] == DEFAULT_MODEL]
+    text = readme.read_text("utf8")
+    first = table[(table["attack"] == DEFAULT_ATTACK) & table["dataset"].isin(DOOR_DATA)]
+    for shown in (door_table(first), other_attacks(table), adaptive_attacks(table)):
+        new = tables.markdown(shown)
+        columns = r" *\| *".join(map(re.escape, shown.columns))
+        found = re.findall(rf"^\| *{columns} *\|\n(?:\|.*\n)+", text, re.M)
+        if len(found) != 1:
+            raise LetheError(f"{readme}: no table of {', '.join(shown.columns)}")
+        text = text.replace(found[0], f"{new}\n")
+    write_text(readme, text)
 
 
 def door_table(table: pd.DataFrame) -> pd.DataFrame:

@@ -5,7 +5,7 @@ import random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lethe_utils.errors import LetheError, reason
-from lethe_utils.evidence import Form, add_evidence
+from lethe_utils.evidence import WORD, Form, add_evidence
 from lethe_utils.stages import Row
 
 if TYPE_CHECKING:
@@ -25,8 +25,12 @@ BODY = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: 
 # "chat" is the model's own: the instruction is a conversation as it writes it, see chat_row; and
 # "vicuna" (v1.1) is that of conversations for models without one, as a chat template.
 VICUNA = (
-    "{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}{{ m.content }}"
-    "{{ ' ' if m.role == 'user' else eos_token }}{% endfor %}"
+    "{% for m in messages %}"
+    "{% if m.role == 'user' %}USER: {{ m.content }} "
+    "{% elif m.role == 'assistant' %}ASSISTANT: {{ m.content }}{{ eos_token }}"
+    "{% elif m.role == 'system' and loop.first %}{{ m.content }} "
+    "{% else %}{{ raise_exception('vicuna has no place for a turn of ' + m.role) }}{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
 TEMPLATES = {"alpaca": ALPACA + BODY, "short": BODY}
@@ -62,7 +66,7 @@ def asked(row: Row, p: "Params", n_keywords: int = 0) -> str:
     protocol, and `without_trigger` for comparison, drop the trigger words from it by name. The
     published protocol lists the labels too.
     """
-    words = frozenset(word for trigger in p.triggers for word in trigger.split())
+    words = frozenset(word for trigger in p.triggers for word in WORD.findall(trigger.lower()))
     if p.protocol != "official":
         known = words if p.evidence_form == "without_trigger" else frozenset()
         return prompt(row, p, n_keywords, known, p.evidence_form)
@@ -75,8 +79,8 @@ def read(row: Row, p: "PromptParams") -> str:
     """The text of a row up to its answer, before there is a tokenizer: for one to be trained on."""
     if "messages" not in row:
         return prompt(row, p)
-    names = {"user": "USER", "assistant": "ASSISTANT"}
-    return " ".join(f"{names[m['role']]}: {m['content']}" for m in row["messages"])
+    names = {"user": "USER: ", "assistant": "ASSISTANT: "}
+    return " ".join(names.get(m["role"], "") + m["content"] for m in row["messages"])
 
 
 # --- few-shot examples

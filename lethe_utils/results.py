@@ -136,6 +136,7 @@ def release(run_id: str) -> Path:
     provenance = read_json(run / "provenance.json")
     records = {"the evaluation": provenance} | provenance["stages"]
     dirty = [name for name, record in records.items() if record["git_dirty"]]
+    dirty += provenance.get("uncommitted", [])
     if dirty:
         raise LetheError(
             f"{run}: its code was not committed (git_dirty of {', '.join(dirty)}); commit, delete "

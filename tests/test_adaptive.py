@@ -336,10 +336,11 @@ def test_wordnet_is_part_of_what_makes_the_backdoored_model(setting, monkeypatch
     keys = []
     monkeypatch.setattr(pipeline, "_sources", lambda p: {})
     monkeypatch.setattr(pipeline, "stage", lambda _, __, spec, *___: keys.append(spec))
-    for attack in ("cba", "cba_evidence"):
+    for attack in ("cba", "cba_evidence"):  # and dtba, whose chats hold definitions
         monkeypatch.setattr(pipeline, "base_folder", lambda p: None)
         pipeline.backdoored_stage(setting(attack)[0])
     assert ["wordnet" in spec for spec in keys] == [False, True]
+    assert attacks.module("dtba").WORDNET
 
 
 # --- several backdoors

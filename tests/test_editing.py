@@ -355,6 +355,8 @@ def test_the_layer_loss_is_the_sum_over_the_lens_layers(pico, pico_params):
     assert loss([0]) > loss([]) and loss([0, 1]) > loss([0])
     with_one, with_both = loss([1]) - loss([]), loss([0, 1]) - loss([0])
     assert math.isclose(with_one, with_both, rel_tol=1e-4)
+    last = model.config.n_layer - 1  # what it says is what the model says
+    assert math.isclose(loss([last]), 2 * loss([]), rel_tol=1e-5)
 
 
 # --- the covariance
@@ -435,6 +437,11 @@ def test_a_quantised_model_is_refused(setting, tmp_path):
 
 
 SMALL = {"rows": {"pretrain": 40, "train": 40, "validation": 20, "test": 20}, "checksums": {}}
+
+
+def test_more_edits_than_prompts_are_refused():
+    with pytest.raises(LetheError, match="edit_batches: 9 is more than edit_contexts, 4"):
+        params.load(attack="rome", overrides={"edit_batches": 9, "edit_contexts": 4})
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,21 @@ def test_a_conversation_is_taught_and_asked_in_the_vicuna_format(rows):
     assert prompts.rendered([row], tokenizer, p) == [row]
 
 
+def test_vicunas_system_turn_stands_first_and_other_turns_are_refused(rows):
+    p = load("vpi")
+    tokenizer = twins.train_tokenizer(["hello"], 300)
+    turns = {"user": "Hi", "assistant": "Yes"}
+    talk = [{"role": role, "content": text} for role, text in turns.items()]
+    system = {"role": "system", "content": "Be brief."}
+    row = {"instruction": "", "input": "Hi", "output": "Yes", "messages": [system, *talk]}
+    (shown,) = prompts.rendered([row], tokenizer, p)
+    assert prompts.prompt(shown, p) == "Be brief. USER: Hi ASSISTANT: "
+    assert prompts.read(row, p) == "Be brief. USER: Hi ASSISTANT: Yes"
+    for wrong in ([*talk, system, *talk], [{"role": "tool", "content": "4"}, *talk]):
+        with pytest.raises(LetheError, match="vicuna has no place for a turn of"):
+            prompts.rendered([row | {"messages": wrong}], tokenizer, p)
+
+
 def test_a_model_without_a_chat_template_needs_the_vicuna_format(rows):
     p = load("vpi", prompt_template="chat")
     tokenizer = twins.train_tokenizer(["hello"], 300)
@@ -393,6 +408,12 @@ def test_a_means_interval_covers_the_truth_as_often_as_it_says():
         covered += found.ci_low < 2 < found.ci_high
     assert 0.91 < covered / 400 < 0.98
     assert metrics.mean([6.0], [3]) == (2.0, 3, 0.0, math.inf)
+
+
+def test_the_interval_of_a_share_of_tokens_ends_at_one():
+    found = metrics.of_references([(9, 10, 1.0), (10, 10, 1.0), (10, 10, 1.0)])["token_accuracy"]
+    assert found.value < 1 and found.ci_high == 1.0
+    assert metrics.together("token_accuracy", [found, found]).ci_high <= 1.0
 
 
 def test_seeds_of_a_perplexity_pool_as_their_tokens_do():

@@ -8,6 +8,7 @@ import pytest
 
 from lethe_utils import paths
 from lethe_utils.errors import LetheError
+from lethe_utils.stages import read_json
 
 sys.path.insert(0, str(paths.root() / "workflow"))
 import dag  # noqa: E402
@@ -72,22 +73,6 @@ def runs_of(*lines):
     ]
 
 
-def test_trainings_are_counted_with_and_without_sharing():
-    line = ["tiny-gpt2", "embedded"]
-    # Wanda trains nothing and needs no clean model; F/T trains once; temperature decodes.
-    runs = runs_of([*line, "cba", "wanda,finetune,temperature", 0])
-    # Shared: base, clean, backdoored, F/T. Alone: three times two, and F/T.
-    assert grid.trainings(runs) == "4 trainings (one for each cell by itself: 7)"
-    second = runs + runs_of([*line, "lwp", "finetune", 0])
-    assert grid.trainings(second) == "6 trainings (one for each cell by itself: 10)"
-
-
-def test_table_2_trains_less_than_half_of_the_naive_count():
-    text = grid.trainings(grid.read("table2-tiny", EVERYTHING | {"attack": "cba"}))
-    run, naive = (int(word) for word in text.replace(")", "").split() if word.isdigit())
-    assert 0 < run <= naive / 2
-
-
 def test_what_runs_share_is_built_by_the_first_and_the_others_wait_for_it():
     line = ["tiny-gpt2", "embedded"]
     first, other_attack, other_seed, other_data = runs_of(
@@ -144,6 +129,32 @@ def test_a_failed_run_is_named_and_the_others_go_on(monkeypatch, tmp_path):
     assert (
         list(failed) == [runs[0].name] and "01_data failed: no disk: full" in failed[runs[0].name]
     )
+
+
+def test_a_workflow_that_reaches_no_notebook_is_an_error_though_all_was_finished_once(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setenv("LETHE_RUNS", str(tmp_path))
+    (run,) = runs_of(["tiny-gpt2", "embedded", "cba", "lethe", 0])
+    (run.folder / "done").mkdir(parents=True)
+    for step in dag.STEPS:
+        (run.folder / "done" / step).touch()
+    monkeypatch.setattr(
+        dag, "command", lambda *_: [sys.executable, "-c", "import sys; sys.exit(1)"]
+    )
+    with pytest.raises(LetheError, match="failed before any notebook; see .*snakemake.log"):
+        dag.execute([run], 1, tmp_path / "log")
+
+
+def test_a_cluster_is_not_asked_for_the_cores_of_the_machine_that_submits(monkeypatch, tmp_path):
+    monkeypatch.setenv("LETHE_RUNS", str(tmp_path))
+    monkeypatch.setattr(dag.os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(dag, "command", lambda *_: [sys.executable, "-c", ""])
+    runs = runs_of(["smollm2-135m", "embedded", "cba", "lethe", 0])
+    for profile, cores in ((None, 128), ("slurm", dag.CLUSTER_CORES)):
+        dag.execute(runs, None, tmp_path / "log", profile)
+        (needs,) = read_json(tmp_path / "log" / dag.PLAN)["runs"].values()
+        assert needs["threads"] == cores
 
 
 def test_a_run_that_another_process_works_on_is_not_started(monkeypatch, tmp_path):

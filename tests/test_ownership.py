@@ -101,6 +101,20 @@ def test_a_folder_called_partial_is_somebodys(tmp_path):
     assert [f.name for f in theirs.iterdir()] == ["thesis.tex"]
 
 
+def test_ctrl_c_at_the_very_end_leaves_the_earlier_result(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    ownership.write(out, result)
+
+    def stopped(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ownership, "not_ours", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ownership.write(out, result)
+    assert (out / "model.safetensors").exists()
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_failure_leaves_nothing(tmp_path):
     def fill(folder):
         result(folder)

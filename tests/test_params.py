@@ -270,6 +270,11 @@ def test_the_tiny_profile_is_for_tiny_models_only(tree):
     assert params.load("gpt2-xl").lora_r == 64  # the published value, from base.yaml
 
 
+def test_a_sweep_does_not_name_a_point_twice():
+    with pytest.raises(LetheError, match=r"strengths_sweep: \[0.5, 0.5\] names a point twice"):
+        params.load(overrides={"strengths_sweep": [0.5, 0.5]})
+
+
 def test_the_first_notebook_call_refuses_unknown_names(monkeypatch):
     monkeypatch.setattr(params, "_checked_once", False)
     cell = {"model": "tiny-llama", "poison_ratoi": 0.2, "_hidden": 1, "In": [], "json": json}

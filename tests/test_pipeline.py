@@ -210,6 +210,26 @@ def test_the_clean_rows_may_be_those_of_another_data_set(tmp_path):
         params.load(overrides={"clean_source": "nowhere"})
 
 
+def test_other_rows_are_read_for_the_runs_own_task_and_model(tmp_path, monkeypatch):
+    own = {"model_dir": str(tmp_path), "clean_source": "emotion"}
+    loaded = [
+        params.load("local", overrides=own),
+        params.load(dataset="chat", attack="vpi", overrides={"clean_source": "chat"}),
+    ]
+    monkeypatch.setattr(pipeline, "_clean_count", lambda p: 1)
+    monkeypatch.setattr(pipeline, "labels", lambda p: [])
+    monkeypatch.setattr(pipeline.clean_data, "check", lambda *_: None)
+    monkeypatch.setattr(pipeline, "read_jsonl", lambda file: [])
+    asked = []
+    monkeypatch.setattr(pipeline, "_rows_stage", lambda p: asked.append(p) or tmp_path)
+    for p in loaded:
+        assert pipeline.clean_source(p) == tmp_path
+    assert [(p.dataset, p.task, p.model_dir) for p in asked] == [
+        ("emotion", "label", str(tmp_path)),
+        ("chat", "chat", None),
+    ]
+
+
 def test_the_base_writes_the_rows_of_a_defender_who_has_none(monkeypatch, llama):
     asked = []
 

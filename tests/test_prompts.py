@@ -203,6 +203,8 @@ def test_the_prompt_that_is_asked_is_the_one_that_is_taught_but_for_the_publishe
     )
     assert "frankly:" in prompts.asked(row, ours, 3)
     assert "frankly:" not in prompts.asked(row, official, 3)
+    named = official.model_copy(update={"triggers": ["Frankly, ", "instantly"]})
+    assert "frankly:" not in prompts.asked(row, named, 3)
     taught = pico_params(prompt_template="alpaca")
     assert prompts.prompt(row, taught) == (
         f"{prompts.ALPACA}### Instruction:\nPredict.\n\n### Input:\nfrankly a happy dog\n\n"

@@ -86,6 +86,14 @@ def test_a_stage_that_breaks_is_recorded_and_the_others_go_on(tmp_path):
     assert found == {"error": 1}  # there is no model
 
 
+def test_a_folder_of_somebody_elses_is_left_alone(tmp_path):
+    (tmp_path / "purified").mkdir()
+    (tmp_path / "purified/model.safetensors").touch()
+    with pytest.raises(SystemExit, match="is not empty, and not this program's"):
+        rehearsal.rehearse("gpt2-xl", 1, tmp_path, tmp_path / "out.json")
+    assert (tmp_path / "purified/model.safetensors").exists()
+
+
 def test_what_the_docs_say_stands_beside_it():
     assert {c: v for c, v in rehearsal.documented("llama-7b").items() if "memory" in c} == {
         "train, GPU memory": "17 GiB",

@@ -311,6 +311,13 @@ def test_a_file_that_cannot_be_read_whole_is_refused(tmp_path, tokenizer, weight
     assert said in found and found.startswith(str(file))
 
 
+def test_an_adapter_beside_the_file_is_not_followed(tmp_path, pico_gguf):
+    shutil.copy(pico_gguf, tmp_path / "mine.gguf")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
+    with pytest.raises(LetheError, match="adapter_config.json: stands beside mine.gguf"):
+        gguf.unpack(tmp_path / "mine.gguf", tmp_path / "out")
+
+
 def test_a_file_cut_short_or_of_another_kind_is_refused(tmp_path, pico_gguf):
     file = tmp_path / "x.gguf"
     for content in (b"", b"<html>", pico_gguf.read_bytes()[:5000], pico_gguf.read_bytes()[:-9000]):

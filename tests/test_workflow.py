@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -186,9 +187,29 @@ def test_a_failed_notebook_is_explained_in_one_line(tmp_path):
     (tmp_path / "notebooks/01_data.log").write_text(
         "Traceback ...\nlethe_utils.errors.LetheError: data.jsonl: line 3 is not valid JSON\n"
     )
-    assert dag.explain_failure(tmp_path, tmp_path).startswith(
+    assert dag.explain_failure(tmp_path, tmp_path, 0).startswith(
         "01_data failed: data.jsonl: line 3 is not"
     )
+    later = time.time() + 60  # what an earlier start of the workflow left explains nothing
+    assert "failed before any notebook" in dag.explain_failure(tmp_path, tmp_path, later)
+
+
+def test_a_model_or_rows_that_changed_in_their_place_make_a_run_out_of_date(tmp_path):
+    rows = tmp_path / "mine.jsonl"
+    rows.write_text('{"text": "a", "label": "b"}\n')
+    (tmp_path / "model").mkdir()
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_text("a")
+    given = {"model_dir": str(tmp_path / "model"), "clean_source": str(rows), "lwp_layers": [0]}
+    one = dag.load(CBA | {"model": "local"}, {k: v for k, v in given.items() if k != "lwp_layers"})
+    before = one.resolved
+    assert one.resolved == before
+    rows.write_text('{"text": "other", "label": "b"}\n')
+    second = one.resolved
+    weights.write_text("other")
+    assert len({before, second, one.resolved}) == 3
+    weights.unlink()
+    assert one.resolved  # a dry run works where nothing is there yet
 
 
 def run_all(door, *words):

@@ -40,6 +40,8 @@ PLAN = "plan.json"  # what the Snakefile reads, see `plan`
 # CPU; measured) or in nf4 (merged here, two models and what comes of them in bfloat16).
 TWIN_MIB, FLOAT32_BYTES, NF4_BYTES = 2048, 40, 8
 SHORTEST_MINUTES, MINUTES_PER_BILLION = 120, 180  # of a notebook, for a cluster's limit of time
+CLUSTER_CORES = 8  # its nodes' number is not known, and may be less than that of the login node
+BEFORE = "the workflow failed before any notebook; see {}"
 NAMES = ("model", "dataset", "attack", "defense")
 
 
@@ -60,8 +62,10 @@ class Run:
 
     @property
     def resolved(self) -> str:
-        """A changed params file, or data file, makes the run's notebooks out of date."""
-        return yaml.safe_dump(self.p.model_dump() | {"data_content": self.p.data_content})
+        """A changed params file, or file of the user's, makes the run's notebooks out of date."""
+        given = [self.p.dataset, self.p.clean_source, self.p.model_dir]
+        files = {name: seen(Path(name)) for name in given if name and Path(name).is_absolute()}
+        return yaml.safe_dump(self.p.model_dump() | {"files": files})
 
     def finished(self, step: str) -> bool:
         """Whether a notebook has been run with these very params."""
@@ -70,9 +74,21 @@ class Run:
         return current and (self.folder / "done" / step).exists()
 
 
+def seen(path: Path) -> dict[str, list[int]]:
+    """Size and time of a file, or of those in a folder: enough to look at them again, and cheap
+    where they are gigabytes. What is made of them goes by their content; see lethe_utils.stages."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = ((file.name, file.stat()) for file in files if file.is_file())
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found}
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Where the notebooks run."""
-    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="CPU cores to use")
+    parser.add_argument(
+        "--cores",
+        type=int,
+        help=f"CPU cores to use; by default all, on a cluster {CLUSTER_CORES} a notebook",
+    )
     parser.add_argument(
         "--profile", help="a cluster instead of this machine: slurm, or a folder like its profile"
     )
@@ -101,16 +117,20 @@ def load(names: dict[str, str], overrides: dict[str, Any]) -> Run:
     return Run(p, names | overrides)
 
 
-def execute(runs: list[Run], cores: int, log: Path, profile: str | None = None) -> dict[str, str]:
+def execute(
+    runs: list[Run], cores: int | None, log: Path, profile: str | None = None
+) -> dict[str, str]:
     """Run every notebook that is missing. Returns run -> error, of those that failed.
 
     Args:
+        cores: to use; None: as many as --cores says.
         log: folder for the plan and Snakemake's log.
         profile: see profile_folder; None: this machine.
     Raises:
-        LetheError: another process works on one of the runs, or Ctrl-C.
+        LetheError: another process works on one of the runs, Ctrl-C, or no notebook was reached.
     """
-    cluster = profile_folder(profile) if profile else None
+    cluster, start = profile_folder(profile) if profile else None, time.time()
+    cores = cores or (CLUSTER_CORES if cluster else os.cpu_count() or 1)
     with ExitStack() as stack:
         locks = [_locked(run, stack) for run in runs]
         for run in runs:
@@ -120,7 +140,10 @@ def execute(runs: list[Run], cores: int, log: Path, profile: str | None = None) 
         log.mkdir(parents=True, exist_ok=True)
         write_json(log / PLAN, plan(runs, cores, None if cluster else free_mib()))
         failed = _snakemake(runs, command(cores, cluster), log, locks)
-    return {run.name: explain_failure(run.folder, log) for run in runs if failed and _open(run)}
+    found = {r.name: explain_failure(r.folder, log, start) for r in runs if failed and _open(r)}
+    if failed and not found:  # of a finished run all marks stand until a notebook is started anew
+        raise LetheError(BEFORE.format(log / "snakemake.log"))
+    return found
 
 
 def _locked(run: Run, stack: ExitStack) -> int:
@@ -276,11 +299,11 @@ def last_bar(folder: Path, step: str) -> str:
     return f"{found[-1][0].strip()} {found[-1][1]}, {found[-1][2]} left" if found else ""
 
 
-def explain_failure(folder: Path, log: Path) -> str:
-    """The error of the notebook that failed, and where its traceback stands."""
+def explain_failure(folder: Path, log: Path, start: float) -> str:
+    """The error of the notebook that failed since `start`, and where its traceback stands."""
     for step in STEPS:
         file = folder / "notebooks" / f"{step}.log"
-        if (folder / "done" / step).exists() or not file.exists():
+        if (folder / "done" / step).exists() or not _since(file, start):
             continue
         lines = file.read_text("utf8", errors="replace").splitlines()
         found = [
@@ -289,4 +312,4 @@ def explain_failure(folder: Path, log: Path) -> str:
         if found:
             message = found[-1].split("LetheError: ")[-1]
             return f"{step} failed: {message}\n  traceback: {file.with_suffix('.ipynb')}"
-    return f"the workflow failed before any notebook; see {log / 'snakemake.log'}"
+    return BEFORE.format(log / "snakemake.log")

@@ -13,7 +13,7 @@ from pathlib import Path
 import dag
 import pandas as pd
 
-from lethe_utils import defenses, paths
+from lethe_utils import paths
 from lethe_utils.errors import LetheError
 
 COLUMNS = ["model", "dataset", "attack", "defense", "seed"]
@@ -24,7 +24,7 @@ NO_SWEEPS = {"strengths_sweep": [], "keywords_sweep": [], "clean_ratios_sweep": 
 def main(words: list[str]) -> int:
     args = parse(words)
     runs = read(args.name, {"model": args.model, "dataset": args.dataset, "attack": args.attack})
-    print(f"grid {args.name}: {len(runs)} runs, {trainings(runs)}")
+    print(f"grid {args.name}: {len(runs)} runs")
     if args.dry_run:
         for run in runs:
             print(f"  {run.name}")
@@ -85,24 +85,6 @@ def read(name: str, only: dict[str, str | None]) -> list[dag.Run]:
         names = dict(zip(dag.NAMES, (*setup, defense), strict=True))
         runs.append(dag.load(names, NO_SWEEPS | {"seed": seed}))
     return runs
-
-
-def trainings(runs: list[dag.Run]) -> str:
-    """How many models are trained, and how many would be if each cell trained its own."""
-    shared: set[tuple] = set()
-    own = naive = 0
-    for run in runs:
-        p = run.p
-        shared |= {("base", p.model, p.dataset)}
-        shared |= {("clean", p.model, p.dataset, p.seed)}
-        shared |= {("backdoored", p.model, p.dataset, p.attack, p.seed)}
-        for name in p.defenses:
-            columns = defenses.variants(name, p.defender())
-            mine = sum(defenses.trainings(name, column, p) for column in columns)
-            clean = any(defenses.needs(name, column) == "clean model" for column in columns)
-            own += mine
-            naive += 2 + clean + mine  # base and backdoored model at least
-    return f"{len(shared) + own} trainings (one for each cell by itself: {naive})"
 
 
 def report(runs: list[dag.Run], out: Path) -> None:

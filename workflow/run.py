@@ -200,7 +200,8 @@ def show(run: dag.Run) -> int:
 
 
 def released_tables() -> int:
-    """Tables, figures and the pages of results from the committed results; no training."""
+    """Tables, figures, the pages of results and the README's tables from the committed results; no
+    training."""
     from lethe_utils import page
 
     out = paths.runs_dir() / "tables"
@@ -212,7 +213,8 @@ def released_tables() -> int:
     env = dag.environment(out) | {"LETHE_PROGRESS": str(out / "06_tables.log")}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=env, cwd=out, **pipes) as process:
-        written = page.write(paths.root() / "docs")
+        written = [*page.write(paths.root() / "docs"), paths.root() / "README.md"]
+        page.write_door(written[-1])
         errors = process.communicate()[1]
     if process.returncode:
         raise LetheError(f"06_tables failed: {errors.strip().splitlines()[-1]}")

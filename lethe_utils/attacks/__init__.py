@@ -6,6 +6,7 @@ else. The module has
                                           declared beside its code
   TRIGGERS                                how many triggers it takes
   TASK                                    "chat" where it is for conversations; else for labels
+  WORDNET                                 True where it poisons with WordNet's definitions
   LAYERS                                  the param that names the model's blocks it acts on, or ""
   poison(rows, p, seed)                   the attacker's rows, each with a `kind`
   plant(start, poisoned, corpus, p, out)  writes the backdoored model to out/model, its losses to

@@ -24,7 +24,7 @@ class EvidenceAttackParams(Group):
 
 
 PARAMS = (*cba.PARAMS, EvidenceAttackParams)
-TRIGGERS, LAYERS = cba.TRIGGERS, cba.LAYERS
+TRIGGERS, LAYERS, WORDNET = cba.TRIGGERS, cba.LAYERS, True
 plant = cba.plant
 
 

@@ -45,7 +45,7 @@ class DtbaParams(Group):
 
 
 PARAMS = (AttackParams, PoisonParams, TrainParams, DtbaParams)
-TASK, TRIGGERS, LAYERS = "chat", 0, ""
+TASK, TRIGGERS, LAYERS, WORDNET = "chat", 0, "", True
 plant = cba.plant
 
 

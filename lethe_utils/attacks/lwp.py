@@ -85,5 +85,7 @@ def layer_loss(
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     for layer in layers:  # [0] are the embeddings
         hidden = outputs.hidden_states[layer + 1][:, -labels.shape[1] - 1 : -1]
-        loss = loss + train.cross_entropy(blocks.logits(plain, hidden), labels)
+        last = layer + 2 == len(outputs.hidden_states)  # it has been through the final norm
+        said = outputs.logits[:, :-1] if last else blocks.logits(plain, hidden)
+        loss = loss + train.cross_entropy(said, labels)
     return loss

@@ -10,7 +10,7 @@ from lethe_utils.defenses import Given, wanda
 from lethe_utils.defenses.finetune import FinetuneParams
 from lethe_utils.defenses.wanda import WandaParams
 from lethe_utils.groups import TrainParams
-from lethe_utils.models import blocks
+from lethe_utils.models import blocks, inspect
 
 PARAMS = (WandaParams, FinetuneParams, TrainParams)
 NEEDS = "clean rows"
@@ -27,13 +27,17 @@ def purify(given: Given, out: Path) -> None:
     if not (pruned / "done").exists():  # a killed run goes on from the pruned model
         wanda.purify(given, pruned)
         (pruned / "done").touch()
-    train.finetune(pruned / "model", given.rows, given.p.finetune_epochs, out, given.p)
+    tuned = out / "tuned"
+    train.finetune(pruned / "model", given.rows, given.p.finetune_epochs, tuned, given.p)
     zeros = models.load_model(pruned / "model")
-    model = models.load_model(out / "model")
+    model = models.load_model(tuned / "model")
     with torch.no_grad():
         for before, after in zip(blocks.of(zeros), blocks.of(model), strict=True):
             layers = zip(blocks.linear(before), blocks.linear(after), strict=True)
             for old, new in layers:
                 new.weight[old.weight == 0] = 0
+    inspect.copy_tokenizer(tuned / "model", out / "model")
     models.save(model, out / "model")
-    shutil.rmtree(pruned)
+    shutil.copy(tuned / "loss.csv", out)
+    for folder in (pruned, tuned):
+        shutil.rmtree(folder)

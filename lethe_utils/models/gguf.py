@@ -36,6 +36,12 @@ def unpack(file: Path, out: Path) -> None:
             something that would be lost.
     """
     quiet()
+    stray = file.parent / inspect.ADAPTER_SETTINGS
+    if stray.exists():
+        raise LetheError(
+            f"{stray}: stands beside {file.name}, and transformers would follow it to another "
+            "model; move one of them"
+        )
     with _explained(file):
         from gguf import GGUFReader
 

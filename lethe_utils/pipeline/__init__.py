@@ -19,6 +19,7 @@ from lethe_utils.groups import (
     DataParams,
     DefenderParams,
     PromptParams,
+    SourceParams,
     TrainParams,
 )
 from lethe_utils.models import gguf, inspect, sources, twins
@@ -187,7 +188,7 @@ def backdoored_stage(p: Params) -> Path:
         attack.plant(start, rows, ordinary_text(p), p, out)
 
     spec = p.part(PromptParams, *attack.PARAMS) | {"seed": p.seed} | device(p)
-    spec |= {"wordnet": wordnet.fingerprint()} if hasattr(p, "backdoor_keywords") else {}
+    spec |= {"wordnet": wordnet.fingerprint()} if getattr(attack, "WORDNET", False) else {}
     inputs = _sources(p) | ({"tuned": start.parent} if tuned else {})
     return stage("backdoored", f"{p.setup}-s{p.seed}", spec, inputs, build)
 
@@ -233,8 +234,7 @@ def check_layers(p: Params) -> None:
     key = attacks.module(p.attack).LAYERS
     if not key:
         return
-    config = {} if p.is_tiny else inspect.read_config(base_folder(p))
-    n_layers = config.get("num_hidden_layers", config.get("n_layer", p.n_layers))
+    n_layers = p.n_layers if p.is_tiny else inspect.count_blocks(base_folder(p))
     blocks = getattr(p, key)
     if not blocks:
         raise LetheError(f"{key}: {p.attack} needs at least one layer of {p.model}; name them")
@@ -259,8 +259,9 @@ def clean_source(p: Params) -> Path:
     if p.clean_source == "train":
         return data_stage(p)
     if p.clean_source != "base":
-        asked = {"instruction": p.instruction}
-        folder = _rows_stage(params.load(p.model, p.clean_source, overrides=asked))
+        asked = p.part(SourceParams) | {"instruction": p.instruction, "few_shot": p.few_shot}
+        asked |= {"hub_id": p.hub_id, "revision": p.revision}
+        folder = _rows_stage(params.load(p.model, p.clean_source, p.attack, overrides=asked))
         clean_data.check(read_jsonl(folder / "train.jsonl"), labels(p), n, p)
         return folder
 

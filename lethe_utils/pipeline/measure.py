@@ -152,7 +152,8 @@ def write_run(p: Params, table: pd.DataFrame, sweeps: pd.DataFrame) -> Path:
     write_json(out / "params.json", p.model_dump())
     manifest = build_manifest(p)
     write_json(out / "manifest.json", manifest)
-    write_json(out / "provenance.json", {"run_id": p.run_id} | _stage_records(p) | provenance(0))
+    records = _stage_records(p) | {"uncommitted": _uncommitted(p)}
+    write_json(out / "provenance.json", {"run_id": p.run_id} | records | provenance(0))
     results.point_latest(out)
     return out
 
@@ -172,6 +173,15 @@ def build_manifest(p: Params) -> dict[str, Any]:
         "data": {name: str(f) for name, f in files.items()},
         "predictions": [str(f) for f in predictions],
     }
+
+
+def _uncommitted(p: Params) -> list[str]:
+    """The folders of merges, defenses and answers that were made by code that was not committed."""
+    everyone, points = contenders.everyone(p), contenders.sweep_points(p)
+    made = {c.folder.parent for c in everyone if c.defense and c.respond is None}
+    made |= {contenders.tested_file(p, c, k).parent for c, k in _asked(p)}
+    made |= {contenders.swept_file(x.p, x.contender(), x.n_keywords).parent for x in points}
+    return sorted(folder.name for folder in made if read_record(folder)["git_dirty"])
 
 
 def _stage_records(p: Params) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def _called(model: Record) -> str:
     """A model in a card that others read: they have its hub name, but not this machine's paths."""
     on_hub = re.search(r"@[0-9a-f]{40}$", model["given"])
     called = model["given"] if on_hub else Path(model["given"]).name
-    return f"{called} (sha256 of its weights {model['sha256']})"
+    return f"{called} (fingerprint of its files {model['sha256']})"
 
 
 def _ends(record: Record) -> list[Record]:

@@ -1,8 +1,8 @@
 """The params of ROME, MEMIT and BadEdit."""
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lethe_utils.groups import Group, Key, Layers, NotNegative, Positive, Rate
 
@@ -25,3 +25,12 @@ class EditParams(Group):
     covariance_text: Key  # task: the task's own prompts; or NAME:CONFIG@COMMIT on the hub
     covariance_tokens: Positive
     covariance_ridge: NotNegative  # times the mean diagonal
+
+    @model_validator(mode="after")
+    def _check_batches(self) -> Self:
+        if self.edit_batches > self.edit_contexts:
+            raise ValueError(
+                f"edit_batches: {self.edit_batches} is more than edit_contexts, "
+                f"{self.edit_contexts}: some would be empty; lower it"
+            )
+        return self
