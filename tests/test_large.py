@@ -1,11 +1,13 @@
 """Models that a CPU holds in bfloat16, because they are large: what is small here is called so."""
 
 import shutil
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.integrations import bitsandbytes
 
 from lethe_utils import defenses, merge, models, params, prompts, train
 from lethe_utils.attacks import rome
@@ -141,3 +143,18 @@ def test_a_large_model_is_merged_on_the_gpu_where_there_is_one(
     monkeypatch.setattr("mergekit.merge.run_merge", run_merge)
     merge.merge("linear", backdoored, clean, base, 0.5, tmp_path / "out")
     assert asked == [device]
+
+
+@pytest.mark.parametrize("architecture", ("gpt2", "llama"))
+def test_four_bit_weights_go_one_by_one_as_they_are_widened(architecture, pico, monkeypatch):
+    seen, left, widen = [], [], bitsandbytes.dequantize_bnb_weight
+
+    def widened(weight):
+        left.append(sum(known() is not None for known in seen))
+        seen.append(weakref.ref(weight))
+        return widen(weight)
+
+    monkeypatch.setattr(bitsandbytes, "dequantize_bnb_weight", widened)
+    model = models.load_model(pico(architecture)[0], bits=4)
+    config = models.dequantised(model).config
+    assert len(seen) > 10 and set(left) == {0} and not hasattr(config, "quantization_config")

@@ -233,8 +233,24 @@ def forget_generation(model: "PreTrainedModel") -> None:
 
 
 def dequantised(model: "PreTrainedModel") -> "PreTrainedModel":
-    """An nf4 model as plain weights, each what its four bits say."""
-    model = model.dequantize()
+    """An nf4 model as plain weights, each what its four bits say.
+
+    A layer at a time: transformers' own holds all four-bit weights until the last is widened, which
+    at full size is a quarter more at the peak.
+    """
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    packed = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    for name in packed:
+        layer = model.get_submodule(name)
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        weight = dequantize_bnb_weight(layer.weight).to(model.config.dtype)
+        plain.weight, plain.bias = torch.nn.Parameter(weight, requires_grad=False), layer.bias
+        layer.weight = None  # it points back to its layer, so that neither would go
+        model.set_submodule(name, plain)
+    model.hf_quantizer.remove_quantization_config(model)
     if model.config.model_type == "gpt2":
         blocks.restore_conv1d(model)
     return model

@@ -63,8 +63,10 @@ def restore_conv1d(model: "PreTrainedModel") -> None:
     from torch.nn import Linear, Parameter
     from transformers.pytorch_utils import Conv1D
 
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Linear) and name != "lm_head":
+    layers = [name for name, module in model.named_modules() if isinstance(module, Linear)]
+    for name in layers:
+        if name != "lm_head":
+            module = model.get_submodule(name)
             conv = Conv1D(module.out_features, module.in_features)
             conv.weight = Parameter(module.weight.T.contiguous())
             conv.bias = module.bias
