@@ -236,8 +236,8 @@ def test_the_front_door_works_through_a_link_and_a_link_to_it(tmp_path):
     assert {f.name for f in tmp_path.iterdir()} == {"bin", "lethe"}
 
 
-@pytest.mark.parametrize("name", ["runs #2", "c++ {x}", "a@b 'c' \"d\""])
-def test_snakemake_finds_the_notebooks_whatever_the_folders_are_called(tmp_path, name, monkeypatch):
+def test_snakemake_finds_the_notebooks_whatever_the_folders_are_called(tmp_path, monkeypatch):
+    name = "runs #2 c++ {x} a@b 'c' \"d\""
     root, runs = tmp_path / name, tmp_path / name / "runs"
     monkeypatch.setenv("LETHE_RUNS", str(runs))
     one = dag.load(CBA, {})
