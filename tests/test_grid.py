@@ -167,6 +167,20 @@ def test_a_run_that_another_process_works_on_is_not_started(monkeypatch, tmp_pat
             dag.execute([run], 1, tmp_path / "log")
 
 
+def test_a_second_file_of_the_same_name_does_not_take_the_place_of_the_first(monkeypatch, tmp_path):
+    monkeypatch.setenv("LETHE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(dag, "command", lambda *_: [sys.executable, "-c", ""])
+    runs = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        (folder / "train.jsonl").write_text('{"text": "a", "label": "b"}\n')
+        runs += runs_of(["tiny-gpt2", str(folder / "train.jsonl"), "cba", "lethe", 0])
+    assert runs[0].name == runs[1].name
+    assert dag.execute(runs[:1], 1, tmp_path / "log") == {}
+    with pytest.raises(LetheError, match="is the run of .*a/train.jsonl; rename .*b/train.jsonl"):
+        dag.execute(runs[1:], 1, tmp_path / "log")
+
+
 def test_a_dry_run_of_the_grid_counts_and_lists(capsys):
     assert grid.main(["table2-tiny", "--attack", "cba", "--dry-run"]) == 0
     shown = capsys.readouterr().out

@@ -127,13 +127,15 @@ def execute(
         log: folder for the plan and Snakemake's log.
         profile: see profile_folder; None: this machine.
     Raises:
-        LetheError: another process works on one of the runs, Ctrl-C, or no notebook was reached.
+        LetheError: another process works on one of the runs, it is that of another data file,
+            Ctrl-C, or no notebook was reached.
     """
     cluster, start = profile_folder(profile) if profile else None, time.time()
     cores = cores or (CLUSTER_CORES if cluster else os.cpu_count() or 1)
     with ExitStack() as stack:
         locks = [_locked(run, stack) for run in runs]
         for run in runs:
+            _check_file(run)
             given = yaml.safe_dump(run.given, sort_keys=False)
             write_changed(run.folder / "params.yaml", given)
             write_changed(run.folder / RESOLVED, run.resolved)
@@ -158,6 +160,15 @@ def _locked(run: Run, stack: ExitStack) -> int:
             f"{run.folder}: another process is working on this run; wait for it"
         ) from None
     return lock.fileno()
+
+
+def _check_file(run: Run) -> None:
+    """Two data files of one name share a run's: the second does not take the first one's place."""
+    known = run.folder / "params.yaml"
+    before = yaml.safe_load(known.read_text("utf8")) if known.exists() else run.given
+    old, new = before["dataset"], run.given["dataset"]
+    if old != new:
+        raise LetheError(f"{run.folder}: is the run of {old}; rename {new}, or delete that folder")
 
 
 def _open(run: Run) -> list[str]:
