@@ -21,7 +21,6 @@ from lethe_utils import (
 )
 from lethe_utils.errors import LetheError
 from lethe_utils.groups import DEFAULT_ATTACK, DEFAULT_DATASET, DEFAULT_MODEL, TWIN
-from lethe_utils.metrics import CLEAN_SOURCE
 from lethe_utils.paper import PAPER, number
 from lethe_utils.pooled import READ_FIRST, SETUP, by_full_name, on_test, one_setup, select
 from lethe_utils.results import Measured, read_released, released_params
@@ -95,8 +94,8 @@ def _write(out: Path, measured: Measured, default: tuple[str, str, str]) -> Path
     swept_kinds = measured.sweeps["sweep"]
     if swept_kinds.str.startswith("evidence ").any():
         shown["evidence_forms"] = sweep_tables.evidence_table(measured.sweeps).drop(columns="model")
-    if swept_kinds.str.startswith(CLEAN_SOURCE).any():
-        shown["clean_sources"] = sweep_tables.clean_source_table(measured.sweeps)
+    if swept_kinds.map(sweep_tables.is_of_clean_rows).any():
+        shown["clean_rows"] = sweep_tables.clean_rows_table(measured.sweeps).drop(columns="model")
     if swept_kinds.eq("clean_seed").any():
         shown["clean_seeds"] = sweep_tables.clean_seed_table(measured.sweeps).drop(columns="model")
     if len(chats):

@@ -9,6 +9,7 @@ from lethe_utils.metrics import CLEAN_SOURCE
 from lethe_utils.pooled import SETUP, in_order, pool, select
 from lethe_utils.tables import wide
 
+WRONG_LABELS, CLEAN_RATIO = "wrong_labels", "clean_ratio"  # sweeps of contenders.sweep_points
 SOURCES = {"train": "the attacker's train", "base": "written by the base itself"}
 
 
@@ -26,17 +27,27 @@ def evidence_table(sweeps: pd.DataFrame) -> pd.DataFrame:
     return _lines(scored.assign(evidence=form.fillna(shares)), "evidence")
 
 
-def clean_source_table(sweeps: pd.DataFrame) -> pd.DataFrame:
-    """What a defender's rows from elsewhere do: model, dataset, attack, seeds, clean rows, then ASR
-    and CDA of the clean and the merged model.
+def clean_rows_table(sweeps: pd.DataFrame) -> pd.DataFrame:
+    """What a defender's rows are worth, from elsewhere, partly mislabelled, fewer or more: model,
+    dataset, attack, seeds, clean rows, then ASR and CDA of the clean and the merged model, empty
+    where one was not asked.
 
     Raises:
-        LetheError: no source was measured (clean_sources_sweep).
+        LetheError: none was measured (clean_sources_sweep, clean_wrong_labels_sweep,
+            clean_ratios_sweep).
     """
-    rows = sweeps[sweeps["sweep"].str.startswith(CLEAN_SOURCE)]
-    scored = _scored(rows, "no sources of clean rows; list some in clean_sources_sweep")
-    source = scored["sweep"].str.removeprefix(CLEAN_SOURCE)
-    return _lines(scored.assign(**{"clean rows": source.replace(SOURCES)}), "clean rows")
+    rows = sweeps[sweeps["sweep"].map(is_of_clean_rows)]
+    scored = _scored(rows, "no other clean rows; list some in clean_sources_sweep")
+    kind, x = scored["sweep"], scored["x"].map("{:g}".format)
+    named = kind.str.removeprefix(CLEAN_SOURCE).replace(SOURCES)
+    named = named.mask(kind == WRONG_LABELS, x + " of the labels wrong")
+    named = named.mask(kind == CLEAN_RATIO, x + " of train")
+    return _lines(scored.assign(**{"clean rows": named}), "clean rows")
+
+
+def is_of_clean_rows(sweep: str) -> bool:
+    """Whether a sweep is over the rows that the clean model is trained on."""
+    return sweep.startswith(CLEAN_SOURCE) or sweep in (WRONG_LABELS, CLEAN_RATIO)
 
 
 def clean_seed_table(sweeps: pd.DataFrame) -> pd.DataFrame:

@@ -375,12 +375,18 @@ def test_clean_rows_from_elsewhere_stand_side_by_side():
         *point("base", "clean", 1, 30),
         *point("base", "slerp", 4, 80),
     )
-    shown = sweep_tables.clean_source_table(table)
+    shown = sweep_tables.clean_rows_table(table)
     assert shown["clean rows"].tolist() == ["the attacker's train", "written by the base itself"]
+    other = {"sweep": "clean_ratio", "x": 0.02, "split": "validation"}
+    wrong = {"sweep": "wrong_labels", "x": 0.1, "split": "validation"}
+    lines = [row("slerp", "asr", 5, **other), row("clean", "asr", 6, **wrong)]
+    few = sweep_tables.clean_rows_table(frame(*lines))
+    assert few["clean rows"].tolist() == ["0.02 of train", "0.1 of the labels wrong"]
+    assert [cell[:4] for cell in few["slerp ASR"]] == [".050", ""]
     assert [cell[:4] for cell in shown["clean CDA"]] == [".900", ".300"]
     assert [cell[:4] for cell in shown["slerp ASR"]] == [".030", ".040"]
     with pytest.raises(LetheError, match="clean_sources_sweep"):
-        sweep_tables.clean_source_table(table[table["sweep"] == "strength"])
+        sweep_tables.clean_rows_table(table[table["sweep"] == "strength"])
 
 
 def test_every_form_has_a_name_that_a_reader_understands():
