@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lethe_utils import merge, models
 from lethe_utils.errors import LetheError
@@ -37,7 +37,7 @@ def suspect_model(case: Case) -> Path:
                     f"{adapter}: put on {suspect}, it gives values that are not numbers in "
                     f"{name}; check its lora_alpha"
                 )
-        _save(model.to(stored), out)
+        models.save(model.to(stored), out / "model")
         suspects.copy_tokenizer(suspect, adapter, out / "model")
 
     given = {"suspect": inspect.fingerprint(suspect)}
@@ -59,7 +59,7 @@ def base_model(case: Case) -> Path:
             for table in (model.get_input_embeddings(), model.get_output_embeddings()):
                 for weights in table.parameters():
                     weights.data[old:] = weights.data[:old].mean(0)
-        _save(model, out)
+        models.save(model, out / "model")
         inspect.copy_tokenizer(suspect, out / "model")
 
     suspect = suspect_model(case) / "model"
@@ -69,18 +69,9 @@ def base_model(case: Case) -> Path:
 
 def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """A model on the CPU. Which dtype it is stored in, its files say: see inspect.stored_dtype."""
-    models.quiet()
-    with inspect.explained(folder, "model"):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-    models.forget_generation(model)
+    model = models.load_model(folder, dtype=dtype)
     model.config.output_attentions = model.config.output_hidden_states = False
     return model
-
-
-def _save(model: PreTrainedModel, out: Path) -> None:
-    models.save(model, out / "model")
 
 
 def merged(case: Case, parent: Path, clean: Path, at: dict[str, Any], out: Path) -> Path:
