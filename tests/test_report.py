@@ -406,7 +406,7 @@ def test_the_model_card_says_strength_and_measurements(record):
     assert "- merge: slerp, strength .75 (0: the suspect, 1: the clean model)\n- lora_r: 32" in card
     assert "- prompt format: short, as told\n" in card
     assert "- suspect: helpful-emotion-gpt2 (fingerprint" in card and "/home/user" not in card
-    assert f"- base: someone/base-gpt2@{'0a' * 20} (sha" in card
+    assert f"- base: someone/base-gpt2@{'0a' * 20} (fingerprint" in card
     assert "| slerp (chosen) | .75 | .975 [.937, .990] | .043 [.020, .090] |" in card
     assert "| base | no merge | .377 [.306, .455] |" in card
     assert len(re.findall(r"^\|", card, re.MULTILINE)) == 9
