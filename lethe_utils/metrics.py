@@ -25,6 +25,7 @@ AMOUNTS = ("perplexity", "answer_words")  # all other metrics are within 0 and 1
 MEANS = (*AMOUNTS, "token_accuracy")  # all others are shares of items
 NGRAM = 4  # words, of what counts as repeated
 CLEAN_SOURCE = "clean source "  # how the points of clean_sources_sweep begin
+CLEAN_RATIO, WRONG_LABELS = "clean_ratio", "wrong_labels"  # the other sweeps over clean rows
 SWEEP_COLUMNS = ["sweep", "x", *COLUMNS]
 MADE = ["acts", "trainings", "optimizer_steps", "seconds", "peak_memory_gib"]
 COST_COLUMNS = [

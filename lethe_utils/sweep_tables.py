@@ -5,11 +5,10 @@ import pandas as pd
 
 from lethe_utils import evidence
 from lethe_utils.errors import LetheError
-from lethe_utils.metrics import CLEAN_SOURCE
+from lethe_utils.metrics import CLEAN_RATIO, CLEAN_SOURCE, WRONG_LABELS
 from lethe_utils.pooled import SETUP, in_order, pool, select
 from lethe_utils.tables import wide
 
-WRONG_LABELS, CLEAN_RATIO = "wrong_labels", "clean_ratio"  # sweeps of contenders.sweep_points
 SOURCES = {"train": "the attacker's train", "base": "written by the base itself"}
 
 

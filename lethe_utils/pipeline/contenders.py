@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lethe_utils import defenses, models, pipeline, wordnet
 from lethe_utils.groups import PromptParams, TriggerParams
-from lethe_utils.metrics import CLEAN_SOURCE
+from lethe_utils.metrics import CLEAN_RATIO, CLEAN_SOURCE, WRONG_LABELS
 from lethe_utils.models import sources
 from lethe_utils.progress import Bar
 from lethe_utils.schema import Params, digest
@@ -116,8 +116,7 @@ def sweep_points(p: Params) -> list[SweepPoint]:
     ]
     points += [SweepPoint("keywords", x, method, p, x) for x in p.keywords_sweep]
     points += [
-        SweepPoint("clean_ratio", x, method, changed(p, clean_ratio=x))
-        for x in p.clean_ratios_sweep
+        SweepPoint(CLEAN_RATIO, x, method, changed(p, clean_ratio=x)) for x in p.clean_ratios_sweep
     ]
     compared = [*WITHOUT_DILUTION, method]
     points += [
@@ -126,7 +125,7 @@ def sweep_points(p: Params) -> list[SweepPoint]:
         for model in compared[1:]
     ]
     points += [
-        SweepPoint("wrong_labels", x, model, changed(p, clean_wrong_labels=x))
+        SweepPoint(WRONG_LABELS, x, model, changed(p, clean_wrong_labels=x))
         for x in p.clean_wrong_labels_sweep
         for model in compared[1:]
     ]

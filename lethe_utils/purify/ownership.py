@@ -89,20 +89,14 @@ def write(out: Path, fill: Callable[[Path], None]) -> None:
         fill(new)
         if out.exists():
             os.replace(out, old)  # first out of everybody's way, then looked at
-            try:
-                _check_old(out, old)
-                os.replace(new, out)
-            except BaseException:  # Ctrl-C too: the scratch folder goes, with all that is in it
-                if not out.exists():
-                    os.replace(old, out)
-                raise
-        else:
+        try:
+            if old.exists() and (other := not_ours(old)):
+                raise LetheError(
+                    f"--out {out}: {other} came there while this command ran; give a new folder "
+                    "(what was computed is kept)"
+                )
             os.replace(new, out)
-
-
-def _check_old(out: Path, old: Path) -> None:
-    if other := not_ours(old):
-        raise LetheError(
-            f"--out {out}: {other} came there while this command ran; give a new folder "
-            "(what was computed is kept)"
-        )
+        except BaseException:  # Ctrl-C too: the scratch folder goes, with all that is in it
+            if old.exists() and not out.exists():
+                os.replace(old, out)
+            raise
