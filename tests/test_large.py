@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 from transformers.integrations import bitsandbytes
 
@@ -86,6 +87,19 @@ def test_a_narrow_model_computes_what_a_float32_one_does(stored, large):
         gradients.append(embedded.grad)
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_without_bfloat16_a_large_model_is_asked_and_trained_in_float32(stored, large, monkeypatch):
+    monkeypatch.setattr(models, "_cpu_has_bfloat16", lambda: False)
+    p = params.load(overrides={"device": "cpu"})
+    asked, wide = models.load_to_ask(stored, p), models.load_model(stored, exact=True).eval()
+    assert {layer.weight.dtype for layer in blocks.linear(blocks.of(asked))} == {torch.bfloat16}
+    with torch.inference_mode(), models.arithmetic(p):
+        logits = [model(**inputs(stored)).logits for model in (asked, wide)]
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+    packed = models.load_model(stored, bits=4).modules()
+    multiplied = {m.compute_dtype for m in packed if isinstance(m, Linear4bit)}
+    assert multiplied == {torch.float32}
 
 
 @pytest.mark.parametrize("method", ["wanda", "rome"])
