@@ -93,14 +93,13 @@ def pool(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     evidence, then `in_order`. A measurement that stands alone keeps its own interval."""
     keys = [*by, "defense", "evidence", "metric"]
     groups = table.astype({"n": int}).groupby(keys, sort=False)
-    out = groups[NUMBERS].first().reset_index()
-    many = (groups.size() > 1).to_numpy()
+    out, size = groups[NUMBERS].first().reset_index(), groups.size()
+    numbers, places = table[NUMBERS].to_numpy(), groups.indices
     rows = [
-        metrics.together(key[-1], [*map(metrics.Measured._make, group[NUMBERS].to_numpy())])
-        for key, group in groups
-        if len(group) > 1
+        metrics.together(key[-1], [*map(metrics.Measured._make, numbers[places[key]])])
+        for key in size.index[size > 1]
     ]
-    out.loc[many, NUMBERS] = np.array(rows).reshape(-1, len(NUMBERS))
+    out.loc[(size > 1).to_numpy(), NUMBERS] = np.array(rows).reshape(-1, len(NUMBERS))
     out = out.astype({"n": int})
     out["seeds"] = groups["seed"].nunique().to_numpy()
     out["name"] = out["defense"] + out["evidence"].map({0: "", 1: " + evidence"})
