@@ -67,7 +67,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         prog="./run_all.sh",
         allow_abbrev=False,  # or --model would be taken for --model-dir
         description="Train a backdoor, dilute it, measure what that bought. Without arguments: "
-        "the embedded data on SmolLM2-135M, on two CPU cores in a quarter of an hour or so.",
+        "the embedded data on SmolLM2-135M, on two CPU cores in 13 to 27 minutes.",
         epilog="also: ./run_all.sh test (all tests), ./run_all.sh tables (tables and figures from "
         "the committed results, no training), ./run_all.sh release RUN_ID (a finished run joins "
         "them), ./run_all.sh grid NAME (many runs, see grid --help), "
