@@ -215,9 +215,8 @@ def load_to_ask(folder: Path, p: "TrainParams") -> "PreTrainedModel":
     from lethe_utils.models import narrow
 
     model = load_model(folder, resolve_device(p.device)).eval().requires_grad_(False)
-    if bfloat16(p):
-        hold(model, p)
-    elif is_large(folder):
+    hold(model, p)
+    if not bfloat16(p) and is_large(folder):
         narrow.keep_narrow(model)
     return model
 
